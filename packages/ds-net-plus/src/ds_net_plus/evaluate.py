@@ -1,0 +1,194 @@
+"""What a gate is worth: every route's answer on a split, and the metrics computed from them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from tenfold.errors import UserError
+from torch import Tensor
+
+from ds_net_plus.model import DynamicNet, choose_routes
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """Answers of every route of the routing space on a split of N images.
+
+    Attributes:
+        gate_input: what the slimming head reads.
+        scores: the gate's opinion of the K routes (logits or probabilities).
+        logits: class logits of every route.
+        labels: classes.
+        madds: cost of the routes, ascending.
+        hard: the generator's difficulty flag, where there is one.
+    """
+
+    gate_input: Float[Tensor, "images hidden"]
+    scores: Float[Tensor, "images routes"]
+    logits: Float[Tensor, "images routes classes"]
+    labels: Int[Tensor, " images"]
+    madds: tuple[int, ...]
+    hard: Bool[Tensor, " images"] | None = None
+
+    @property
+    def correct(self) -> Bool[Tensor, "images routes"]:
+        """Whether each route classifies each image correctly (top-1)."""
+        return self.logits.argmax(2) == self.labels[:, None]
+
+    def static_top1(self) -> list[float]:
+        """Top-1 of every route run on all images."""
+        return self.correct.double().mean(0).tolist()
+
+
+@dataclass(frozen=True)
+class Point:
+    """An operating point.
+
+    Attributes:
+        tau: price of compute that leads to it.
+        top1: accuracy, 0..1.
+        madds: mean MAdds of an image.
+        shares: share of images on every route of the space.
+    """
+
+    tau: float
+    top1: float
+    madds: float
+    shares: tuple[float, ...]
+
+
+@torch.no_grad()
+def collect(net: DynamicNet, batches: Iterable, size: int | None = None) -> RouteTable:
+    """Runs every route of the routing space on every batch, the front once for all.
+
+    Args:
+        net: run in eval mode, and left so.
+        batches: objects with `image`, `label` and (may be None) `hard`.
+        size: image side for the costs; that of the images where None.
+
+    Raises:
+        UserError: no images, or logits that are not finite (names the image).
+    """
+    net.eval()
+    device = next(net.parameters()).device
+    columns: dict[str, list[Tensor]] = {k: [] for k in ("input", "score", "logits", "label")}
+    hard: list[Tensor] = []
+    seen = 0
+    for batch in batches:
+        image = batch.image.to(device)
+        size = size or image.shape[-1]
+        front = net.front(image)
+        logits = torch.stack([net.rest(front.features, k) for k in net.routing_space], 1)
+        bad = (~logits.isfinite().flatten(1).all(1)).nonzero()
+        if len(bad):
+            raise UserError("logits are not finite", where=f"image {seen + int(bad[0])}")
+        columns["input"].append(front.gate_input.cpu())
+        columns["score"].append(net.scores(net.gate_logits(front.gate_input)).cpu())
+        columns["logits"].append(logits.cpu())
+        columns["label"].append(batch.label.cpu())
+        if batch.hard is not None:
+            hard.append(batch.hard.cpu())
+        seen += len(image)
+    if not seen:
+        raise UserError("there are no images to evaluate on")
+    return RouteTable(
+        torch.cat(columns["input"]),
+        torch.cat(columns["score"]),
+        torch.cat(columns["logits"]),
+        torch.cat(columns["label"]),
+        tuple(net.space_madds(size)),
+        torch.cat(hard) if hard else None,
+    )
+
+
+def with_gate(table: RouteTable, net: DynamicNet) -> RouteTable:
+    """The same answers under another gate of the same supernet."""
+    with torch.no_grad():
+        device = next(net.parameters()).device
+        scores = net.scores(net.gate_logits(table.gate_input.to(device))).cpu()
+    return RouteTable(
+        table.gate_input, scores, table.logits, table.labels, table.madds, table.hard
+    )
+
+
+def point_at(table: RouteTable, tau: float = 0.0) -> Point:
+    """Accuracy and cost of the gate's decisions at one price of compute."""
+    return point_of(table, choose_routes(table.scores, table.madds, tau), tau)
+
+
+def point_of(table: RouteTable, choice: Int[Tensor, " images"], tau: float = 0.0) -> Point:
+    """Accuracy and cost of given decisions."""
+    top1 = table.correct.gather(1, choice[:, None]).double().mean()
+    shares = choice.bincount(minlength=len(table.madds)).double() / len(choice)
+    cost = shares @ torch.tensor(table.madds, dtype=torch.float64)
+    return Point(tau, float(top1), float(cost), tuple(shares.tolist()))
+
+
+def calibrate_tau(
+    scores: Float[Tensor, "images routes"], madds: Sequence[float], target: float
+) -> float:
+    """Smallest tau at which the mean cost is at most `target`.
+
+    Where the gate alone already spends less than `target`, a negative tau raises the cost to it.
+
+    Args:
+        scores: the gate's opinion of every route.
+        madds: cost of the routes, ascending (MAdds or milliseconds).
+        target: mean cost, between that of the first and of the last route.
+
+    Raises:
+        UserError: the target is not feasible.
+    """
+    if not madds[0] <= target <= madds[-1]:
+        raise UserError(
+            f"target {target:g} lies outside what the routes can do",
+            fix=f"choose a target from {madds[0]:g} to {madds[-1]:g}",
+        )
+    costs = torch.tensor(madds, dtype=torch.float64)
+    # beyond this price every decision is that of cost alone
+    gaps = torch.tensor(madds[1:]) - torch.tensor(madds[:-1])
+    bound = float((scores.max() - scores.min() + 1) * madds[-1] / gaps.min())
+    low, high = -bound, bound
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = float(costs[choose_routes(scores, list(madds), middle)].mean())  # pyright: ignore[reportArgumentType]
+        low, high = (low, middle) if mean <= target else (middle, high)
+    return high
+
+
+def gain_at_equal_madds(point: Point, table: RouteTable) -> float:
+    """top-1 minus the static curve, linearly interpolated in MAdds, at the point's mean MAdds."""
+    return point.top1 - float(np.interp(point.madds, table.madds, table.static_top1()))
+
+
+def saving_at_equal_accuracy(point: Point, table: RouteTable) -> float:
+    """MAdds of the static curve at the point's top-1 over the point's MAdds.
+
+    The static curve is followed from the cheapest route to the first crossing; the widest route
+    counts where the point is more accurate than all of it.
+    """
+    curve = table.static_top1()
+    needed = float(table.madds[-1])
+    if point.top1 <= curve[0]:
+        needed = float(table.madds[0])
+    else:
+        for k in range(len(curve) - 1):
+            if curve[k] < point.top1 <= curve[k + 1]:
+                share = (point.top1 - curve[k]) / (curve[k + 1] - curve[k])
+                needed = table.madds[k] + share * (table.madds[k + 1] - table.madds[k])
+                break
+    return needed / point.madds
+
+
+def random_routing(table: RouteTable, shares: Sequence[float]) -> tuple[float, float]:
+    """Expected (MAdds, top-1) of routes drawn at random with the given shares."""
+    cost = float(np.dot(shares, table.madds))
+    return cost, float(np.dot(shares, table.static_top1()))
+
+
+def oracle(table: RouteTable) -> Point:
+    """Every image on its cheapest correct route, the cheapest of all where none is correct."""
+    correct = table.correct
+    return point_of(table, torch.where(correct.any(1), correct.int().argmax(1), 0))

@@ -1,0 +1,32 @@
+"""The networks, and `create_model` to build one by name."""
+
+from ds_net_plus.model.base import (
+    DynamicNet,
+    DynamicOutput,
+    Front,
+    Route,
+    check_statistics,
+    choose_routes,
+    count_madds,
+    run_grouped,
+    tau_for_budget,
+)
+from ds_net_plus.model.cnn import DSConvNet
+from ds_net_plus.model.mobilenet import DSMobileNet
+from ds_net_plus.model.registry import MODELS, create_model
+
+__all__ = [
+    "MODELS",
+    "DSConvNet",
+    "DSMobileNet",
+    "DynamicNet",
+    "DynamicOutput",
+    "Front",
+    "Route",
+    "check_statistics",
+    "choose_routes",
+    "count_madds",
+    "create_model",
+    "run_grouped",
+    "tau_for_budget",
+]

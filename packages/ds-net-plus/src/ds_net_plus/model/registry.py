@@ -1,0 +1,38 @@
+"""Named configurations."""
+
+from collections.abc import Callable
+
+from tenfold.errors import UserError
+
+from ds_net_plus.model.base import DynamicNet
+from ds_net_plus.model.cnn import DSConvNet
+from ds_net_plus.model.mobilenet import DSMobileNet
+
+_QUARTERS_96 = ((24, 48, 72, 96), (48, 96, 144, 192))
+
+MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
+    "ds_mbnet": (DSMobileNet, {}),
+    "ds_cnn_tiny": (DSConvNet, {}),
+    "ds_cnn_wide": (DSConvNet, {"stage_widths": _QUARTERS_96, "image_size": 64}),
+}
+
+
+def create_model(name: str, **overrides: object) -> DynamicNet:
+    """Builds a named network, untrained.
+
+    Args:
+        name: a key of `MODELS`.
+        **overrides: constructor arguments that differ from the named configuration.
+
+    Raises:
+        UserError: an unknown name or argument.
+    """
+    if name not in MODELS:
+        raise UserError(f"no model is called {name!r}", fix=f"choose from {', '.join(MODELS)}")
+    build, arguments = MODELS[name]
+    try:
+        net = build(**{**arguments, **overrides})
+    except TypeError as error:
+        raise UserError(str(error).replace("__init__() ", ""), where=f"model {name}") from error
+    net.name = name
+    return net

@@ -1,0 +1,504 @@
+"""Lightning modules: `SupernetModule` trains Stage I, `GateModule` Stage II."""
+
+import copy
+import logging
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from tenfold.checkpoint import ema_decay
+from tenfold.errors import UserError
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from ds_net_plus.data import Batch
+from ds_net_plus.losses import GateLoss
+from ds_net_plus.model import (
+    DynamicNet,
+    DynamicOutput,
+    check_statistics,
+    create_model,
+    tau_for_budget,
+)
+from ds_net_plus.steps import (
+    Stage2Output,
+    drop_zero_gradients,
+    ema_update,
+    gate_objective,
+    sample_routes,
+    stage1_step,
+)
+
+log = logging.getLogger(__name__)
+
+META = "ds_net_plus"
+COLLAPSE_SHARE = 0.99
+
+
+class GateBatch(NamedTuple):
+    """Cached Stage-II data of a batch: what the gate reads, and what every route answers."""
+
+    gate_input: Tensor
+    route_logits: Tensor
+    label: Tensor
+
+
+class NetModule(LightningModule):
+    """Evaluation and checkpoint metadata that both stages share."""
+
+    net: DynamicNet
+
+    def __init__(
+        self,
+        arch: str = "ds_cnn_tiny",
+        net: dict[str, Any] | None = None,
+        route: str = "dynamic",
+        tau: float = 0.0,
+        budget: float | None = None,
+    ) -> None:
+        """Builds the network.
+
+        Args:
+            arch: a name of `create_model`.
+            net: constructor arguments that differ from the named configuration.
+            route: what validate, test and predict run: "dynamic", "largest" or a route index.
+            tau: price of compute in dynamic decisions.
+            budget: target share of the widest route's MAdds instead of `tau`, looked up in the
+                table that `calibrate-budget` left in the checkpoint.
+
+        Raises:
+            UserError: an unknown architecture, argument or route.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = create_model(arch, **(net or {}))
+        self.route = parse_route(self.net, route)
+        self.tau, self.budget = tau, budget
+        self.top1 = MulticlassAccuracy(self.net.num_classes, average="micro")
+        top_k = min(5, self.net.num_classes)
+        self.top5 = MulticlassAccuracy(self.net.num_classes, average="micro", top_k=top_k)
+        self.mean_madds = MeanMetric()
+
+    def evaluated(self) -> DynamicNet:
+        """The network that validate, test and predict run."""
+        return self.net
+
+    def forward(self, x: Tensor) -> DynamicOutput:
+        """Runs the chosen route, or the gate's choice, on normalised images."""
+        net = self.evaluated()
+        if self.route is None:
+            tau = self.tau if self.budget is None else tau_for_budget(net, self.budget)
+            return net(x, tau=tau)  # pyright: ignore[reportReturnType]
+        logits = net(x, route=self.route)
+        routes = -1 if self.route == "largest" else int(self.route)
+        cost = net.madds(self.route, x.shape[-1])
+        return DynamicOutput(
+            logits,  # pyright: ignore[reportArgumentType]
+            torch.full((len(x), 1), routes, device=x.device),
+            torch.full((len(x),), cost, device=x.device),
+        )
+
+    def on_test_start(self) -> None:
+        """Refuses networks whose statistics or gate were never trained."""
+        check_statistics(self.evaluated(), [0] if self.route is None else [self.route])
+        if self.route is None:
+            self.evaluated().check_gate()
+
+    on_predict_start = on_test_start
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy and cost of the chosen route, or of the gate's choices."""
+        output = self(batch.image)
+        self.top1(output.logits, batch.label)
+        self.top5(output.logits, batch.label)
+        self.mean_madds(output.madds.double())
+        self.log("test/top1", self.top1)
+        self.log("test/top5", self.top5)
+        self.log("test/madds", self.mean_madds)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float | int]]:
+        """One row for each image: index, label, score, route and MAdds."""
+        output = self(batch.image)
+        score, label = output.logits.softmax(1).max(1)
+        columns = (batch.index, label, score, output.routes[:, 0], output.madds)
+        names = ("index", "label", "score", "route", "madds")
+        return [
+            dict(zip(names, row, strict=True))
+            for row in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the network's name, arguments and gate metadata."""
+        checkpoint[META] = net_metadata(self.net)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over the gate metadata."""
+        if META in checkpoint:
+            self.evaluated().load_gate_state(checkpoint[META]["gate"])
+            self.net.load_gate_state(checkpoint[META]["gate"])
+
+
+def net_metadata(net: DynamicNet) -> dict[str, Any]:
+    """What a checkpoint says of its network besides the weights."""
+    return {"arch": net.name, "config": net.config, "gate": net.gate_state()}
+
+
+def parse_route(net: DynamicNet, route: str | int) -> int | str | None:
+    """A command-line route: None for "dynamic", "largest", or an index.
+
+    Raises:
+        UserError: anything else.
+    """
+    if route == "dynamic":
+        return None
+    if isinstance(route, str) and route.lstrip("-").isdigit():
+        route = int(route)
+    return net.check_route(route)
+
+
+def learning_rate_factor(
+    t: float, total: float, warmup: float, cooldown: float, start: float, floor: float
+) -> float:
+    """Linear warm-up from `start` to 1, cosine to `floor`, then constant: shares of the peak.
+
+    The cosine runs over [0, total - cooldown]; the warm-up hides its beginning, as in timm.
+    """
+    if t < warmup:
+        return start + (1 - start) * t / warmup
+    span = total - cooldown
+    if t >= span:
+        return floor
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t / span))
+
+
+class SupernetModule(NetModule):
+    """Stage I: sandwich rule with distillation, and the moving average that teaches."""
+
+    def __init__(
+        self,
+        arch: str = "ds_cnn_tiny",
+        net: dict[str, Any] | None = None,
+        distill: str = "ib",
+        ensemble: bool = False,
+        random_routes: int = 2,
+        smoothing: float = 0.1,
+        lr: float = 0.08,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        warmup: float = 5,
+        cooldown: float = 10,
+        warmup_lr: float = 1e-5,
+        min_lr: float = 1e-5,
+        schedule: str = "epoch",
+        ema: float = 0.997,
+        ema_warmup: bool = True,
+        weights: str = "ema",
+        check_ranks: bool = False,
+        seed: int = 0,
+        route: str = "dynamic",
+        tau: float = 0.0,
+        budget: float | None = None,
+    ) -> None:
+        """Builds student and teacher.
+
+        Args:
+            arch: a name of `create_model`.
+            net: constructor arguments that differ from the named configuration.
+            distill: what all modes but the largest learn from, see `stage1_step`.
+            ensemble: ensemble bootstrapping of the smallest route (IEB).
+            random_routes: routes between smallest and largest in every step.
+            smoothing: label smoothing.
+            lr: peak learning rate.
+            momentum: of Nesterov SGD.
+            weight_decay: on weights of two or more dimensions.
+            warmup: epochs of linear warm-up from `warmup_lr`.
+            cooldown: epochs at `min_lr` in the end.
+            warmup_lr: learning rate at the start.
+            min_lr: learning rate at the end.
+            schedule: "epoch" changes the rate once an epoch, "step" after every step.
+            ema: decay of the teacher's moving average, per step.
+            ema_warmup: start with min(ema, (1 + t) / (10 + t)).
+            weights: which copy validate, test and predict run: "ema" or "student".
+            check_ranks: compare the sampled routes across ranks in every step.
+            seed: of the sampled routes.
+            route: what validate, test and predict run: "dynamic", "largest" or a route index.
+            tau: price of compute in dynamic decisions.
+            budget: target share of the widest route's MAdds instead of `tau`.
+
+        Raises:
+            UserError: an option that does not exist.
+        """
+        super().__init__(arch, net, route, tau, budget)
+        self.save_hyperparameters()
+        for name, value, allowed in (
+            ("schedule", schedule, ("epoch", "step")),
+            ("weights", weights, ("ema", "student")),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.automatic_optimization = False
+        for parameter in self.net.gate_parameters():
+            parameter.requires_grad_(False)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.route_top1 = nn.ModuleDict(
+            {
+                str(route): MulticlassAccuracy(self.net.num_classes, average="micro")
+                for route in self.watched_routes()
+            }
+        )
+
+    def watched_routes(self) -> list[int | str]:
+        """The routes whose accuracy validation reports."""
+        return [*self.net.routing_space, "largest"]
+
+    def evaluated(self) -> DynamicNet:
+        """The moving average, or the student if `weights` says so."""
+        return self.teacher if self.hparams["weights"] == "ema" else self.net
+
+    def train(self, mode: bool = True) -> "SupernetModule":
+        """The teacher always stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Nesterov SGD with a cosine schedule; no decay on biases and norms."""
+        h = self.hparams
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": h["weight_decay"]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = SGD(groups, h["lr"], h["momentum"], nesterov=h["momentum"] > 0)
+        per_epoch = self._steps() / self.trainer.max_epochs if self.trainer.max_epochs else 1.0
+        unit = 1.0 if h["schedule"] == "epoch" else per_epoch
+
+        def factor(t: int) -> float:
+            return learning_rate_factor(
+                t / unit,
+                self._steps() / per_epoch,
+                h["warmup"],
+                h["cooldown"],
+                h["warmup_lr"] / h["lr"],
+                h["min_lr"] / h["lr"],
+            )
+
+        return [optimizer], [LambdaLR(optimizer, factor)]
+
+    def _steps(self) -> int:
+        return max(1, int(self.trainer.estimated_stepping_batches))
+
+    def on_train_start(self) -> None:
+        """Warns of a teacher that never leaves its initial weights."""
+        self._student_state = dict(self.net.state_dict())
+        self._teacher_state = dict(self.teacher.state_dict())
+        kept = 1.0
+        for step in range(self._steps()):
+            kept *= self._decay(step)
+            if kept < 0.5:
+                return
+        if self.hparams["distill"] not in ("none", "inplace"):
+            log.warning(
+                "teacher still more than half initial weights at the end (share %.2f): "
+                "lower --model.ema or train longer",
+                kept,
+            )
+
+    def _decay(self, step: int) -> float:
+        decay = self.hparams["ema"]
+        return ema_decay(step, decay) if self.hparams["ema_warmup"] else decay
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One sandwich step, the optimizer's step and the teacher's."""
+        h, step = self.hparams, self.global_step
+        routes = sample_routes(step, self.net.num_routes, h["random_routes"], h["seed"])
+        if h["check_ranks"]:
+            self._check_ranks(routes)
+        optimizer: Optimizer = self.optimizers()  # pyright: ignore[reportAssignmentType]
+        optimizer.zero_grad()
+        output = stage1_step(
+            self.net,
+            self.teacher,
+            batch.image,
+            batch.label,
+            routes,
+            distill=h["distill"],
+            ensemble=h["ensemble"],
+            smoothing=h["smoothing"],
+            progress=step / self._steps(),
+            backward=self.manual_backward,
+            no_sync=getattr(self.trainer.strategy, "block_backward_sync", nullcontext),
+        )
+        drop_zero_gradients(list(self.net.parameters()))
+        optimizer.step()
+        ema_update(self._teacher_state, self._student_state, self._decay(step))
+        if h["schedule"] == "step":
+            self.lr_schedulers().step()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportCallIssue]
+        self.log_dict({f"train/loss_{k}": v for k, v in output.losses.items()})
+        self.log("loss", output.loss, prog_bar=True, logger=False)
+        return output.loss
+
+    def on_train_epoch_end(self) -> None:
+        """The official schedule moves once an epoch."""
+        if self.hparams["schedule"] == "epoch":
+            self.lr_schedulers().step()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportCallIssue]
+
+    def _check_ranks(self, routes: tuple[int, ...]) -> None:
+        mine = torch.tensor(routes, device=self.device)
+        if bool((self.all_gather(mine) != mine).any()):
+            raise RuntimeError(f"ranks sampled different routes; rank {self.global_rank}: {routes}")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Top-1 of the watched routes, the front run once for all of them."""
+        net = self.evaluated()
+        features = net.front(batch.image).features
+        for route in self.watched_routes():
+            logits = (
+                net(batch.image, route=route)
+                if route == "largest"
+                else net.rest(features, route)
+            )
+            metric = self.route_top1[str(route)]
+            metric(logits, batch.label)
+            self.log(f"val/top1_{route}", metric, prog_bar=route in (0, "largest"))  # pyright: ignore[reportArgumentType]
+
+
+class GateModule(NetModule):
+    """Stage II: trains the slimming head of a frozen supernet."""
+
+    def __init__(
+        self,
+        arch: str = "ds_cnn_tiny",
+        net: dict[str, Any] | None = None,
+        gate_loss: str = "value",
+        estimator: str = "mixture",
+        sgs: str = "try_best",
+        sgs_on: str = "logits",
+        lambda_ce: float = 1.0,
+        lambda_cplx: float = 0.5,
+        lambda_sgs: float = 1.0,
+        scale: float | None = None,
+        smoothing: float = 0.1,
+        optimizer: str = "adam",
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        route: str = "dynamic",
+        tau: float = 0.0,
+        budget: float | None = None,
+    ) -> None:
+        """Builds the network; the supernet's weights are loaded by the caller.
+
+        Args:
+            arch: a name of `create_model`.
+            net: constructor arguments that differ from the named configuration.
+            gate_loss: "value" (one gate for every budget) or "sgs" (the paper's loss).
+            estimator: gradient of the paper's loss: "mixture" or "mask".
+            sgs: difficulty labels: "try_best", "give_up", "ladder" or "none".
+            sgs_on: "logits", or "probs" as in the official program.
+            lambda_ce: weight of the classification loss.
+            lambda_cplx: weight of the complexity term.
+            lambda_sgs: weight of the difficulty labels.
+            scale: MAdds that count as 1 in the complexity term; the widest route's if left out.
+            smoothing: label smoothing.
+            optimizer: "adam", or "sgd" (Nesterov 0.9, the official choice).
+            lr: peak learning rate, cosine to zero.
+            weight_decay: on the slimming head (official: 0.01).
+            route: what validate, test and predict run: "dynamic", "largest" or a route index.
+            tau: price of compute in dynamic decisions.
+            budget: target share of the widest route's MAdds instead of `tau`.
+
+        Raises:
+            UserError: an option that does not exist.
+        """
+        super().__init__(arch, net, route, tau, budget)
+        self.save_hyperparameters()
+        if optimizer not in ("adam", "sgd"):
+            raise UserError(f"optimizer must be 'adam' or 'sgd', got {optimizer!r}")
+        self.net.requires_grad_(False).eval()
+        for parameter in self.net.gate_parameters():
+            parameter.requires_grad_(True)
+        self.net.gate_score = "probability" if gate_loss == "value" else "logit"
+        scale = None if scale is None else float(scale)
+        self.objective = GateLoss(lambda_ce, lambda_cplx, lambda_sgs, scale, sgs_on, smoothing)
+
+    def train(self, mode: bool = True) -> "GateModule":
+        """The frozen supernet stays in eval mode."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Adam or SGD over the slimming head, cosine to zero."""
+        h, parameters = self.hparams, self.net.gate_parameters()
+        optimizer = (
+            Adam(parameters, h["lr"], weight_decay=h["weight_decay"])
+            if h["optimizer"] == "adam"
+            else SGD(parameters, h["lr"], 0.9, weight_decay=h["weight_decay"], nesterov=True)
+        )
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self) -> None:
+        """From here on the gate counts as trained."""
+        self.net.gate_trained = True
+
+    def on_train_epoch_start(self) -> None:
+        """Counts the epoch's sampled routes, to notice a collapse."""
+        self._counts = torch.zeros(self.net.gate_outputs, dtype=torch.int64)
+
+    def training_step(self, batch: Batch | GateBatch, batch_idx: int) -> Tensor:
+        """Stage-II loss of one batch, from the images or from the cache."""
+        output = self._objective(batch)
+        for name, value in output.losses.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
+        chosen = output.gate_logits.detach().argmax(1).cpu()
+        self._counts += chosen.bincount(minlength=self.net.gate_outputs)
+        return output.loss
+
+    def _objective(self, batch: Batch | GateBatch) -> Stage2Output:
+        options = {k: self.hparams[k] for k in ("gate_loss", "estimator", "sgs")}
+        if isinstance(batch, GateBatch):
+            return gate_objective(
+                self.net,
+                batch.gate_input,
+                batch.label,
+                route_logits=batch.route_logits,
+                objective=self.objective,
+                **options,
+            )
+        with torch.no_grad():
+            front = self.net.front(batch.image)
+        return gate_objective(
+            self.net,
+            front.gate_input,
+            batch.label,
+            features=front.features,
+            objective=self.objective,
+            size=batch.image.shape[-1],
+            **options,
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Warns where nearly every image takes one route."""
+        share = self._counts / self._counts.sum().clamp(min=1)
+        if float(share.max()) > COLLAPSE_SHARE:
+            log.warning(
+                "gate collapse: routes %s chosen %s times; turn SGS on (--sgs try_best), change "
+                "--lambda-cplx, or set tau",
+                list(self.net.routing_space),
+                self._counts.tolist(),
+            )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Top-1 and mean MAdds of the gate's choices."""
+        output = self(batch.image)
+        self.top1(output.logits, batch.label)
+        self.mean_madds(output.madds.double())
+        self.log("val/top1", self.top1, prog_bar=True)
+        self.log("val/madds", self.mean_madds)

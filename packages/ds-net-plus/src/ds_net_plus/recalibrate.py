@@ -1,0 +1,61 @@
+"""Batch-norm statistics of every route, measured anew after Stage I."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from tenfold.errors import UserError
+from torch import Tensor
+
+from ds_net_plus.layers import SwitchableBN
+from ds_net_plus.model import DynamicNet
+
+
+@torch.no_grad()
+def recalibrate(
+    net: DynamicNet, images: Iterable[Tensor], routes: Sequence[int] | None = None
+) -> int:
+    """Replaces all running statistics by their mean over `images`.
+
+    Every batch runs the front once, then the rest of each route, so that a set that many routes
+    share is counted once. The t-th batch has weight 1/t. The wide front of mode "largest" is
+    measured too; behind it, mode "largest" uses the sets of the widest route. Means are averaged
+    over ranks.
+
+    Args:
+        net: left in the mode it had.
+        images: batches (N, C, H, W) on the network's device.
+        routes: routes to measure, all where None.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        UserError: there was no batch.
+    """
+    norms = [layer for layer in net.modules() if isinstance(layer, SwitchableBN)]
+    sets: list[torch.nn.BatchNorm2d] = [bn for layer in norms for bn in layer.aux_bn]  # pyright: ignore[reportAssignmentType]
+    momenta = [bn.momentum for bn in sets]
+    training, count = net.training, 0
+    net.train()
+    try:
+        for batch in images:
+            count += 1
+            for bn in sets:
+                bn.momentum = 1.0 / count
+            net.front(batch, largest=True)
+            features = net.front(batch).features
+            for route in range(net.num_routes) if routes is None else routes:
+                net.rest(features, route)
+    finally:
+        net.train(training)
+        for bn, momentum in zip(sets, momenta, strict=True):
+            bn.momentum = momentum
+    if count == 0:
+        raise UserError("recalibration needs at least one batch of images")
+    if dist.is_available() and dist.is_initialized():
+        for bn in sets:
+            for statistic in (bn.running_mean, bn.running_var):
+                dist.all_reduce(statistic)
+                statistic.div_(dist.get_world_size())  # pyright: ignore[reportOptionalMemberAccess]
+    return count

@@ -1,0 +1,80 @@
+"""Grouped execution on materialised routes: the fast way to run a trained network."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ds_net_plus.model import DynamicNet, DynamicOutput
+
+
+class DynamicRunner:
+    """Runs each image on the route its gate chooses, as plain networks on groups of images.
+
+    One shared front, one transfer from device to host, then one call for each route in use. The
+    plain networks have their batch norms folded and contiguous weights; they are built once, at
+    construction, and do not follow later changes of the model.
+
+    Example:
+        >>> runner = DynamicRunner(model.eval(), tau=0.1)
+        >>> logits, routes, madds = runner(images)
+    """
+
+    def __init__(
+        self,
+        model: DynamicNet,
+        routes: Sequence[int] | None = None,
+        tau: float = 0.0,
+        compile: bool = False,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
+        """Materialises front and routes.
+
+        Args:
+            model: a network with a trained gate.
+            routes: subset of the routing space that the gate may use; all of it where None.
+            tau: price of compute in the gate's decision.
+            compile: compile every part; slow to start, fixed batch sizes.
+            memory_format: of images, features and weights.
+
+        Raises:
+            UserError: the gate is untrained, or a route outside the routing space.
+        """
+        model.check_gate()
+        self.model, self.tau, self.memory_format = model, tau, memory_format
+        self.routes = model.routing_space if routes is None else tuple(routes)
+        for route in self.routes:
+            model.check_route(route)
+        prepare = self._prepare
+        self.front = prepare(model.materialize_front(), compile)
+        self.rests = {
+            route: prepare(model.materialize_rest(route), compile) for route in self.routes
+        }
+
+    def _prepare(self, module: nn.Module, compile: bool) -> nn.Module:
+        module = module.to(memory_format=self.memory_format).requires_grad_(False).eval()  # pyright: ignore[reportCallIssue]
+        return torch.compile(module, dynamic=False) if compile else module  # pyright: ignore[reportReturnType]
+
+    @torch.inference_mode()
+    def __call__(self, x: Float[Tensor, "batch colours height width"]) -> DynamicOutput:
+        """Class logits, route and MAdds of every image, in the order of the batch.
+
+        Raises:
+            UserError: an image whose gate logits are not finite.
+        """
+        features, gate_logits = self.front(x.contiguous(memory_format=self.memory_format))
+        if self.routes != self.model.routing_space:
+            allowed = torch.tensor([r in self.routes for r in self.model.routing_space])
+            gate_logits = gate_logits.masked_fill(~allowed.to(x.device), -1e4)
+        choice = self.model.decide(gate_logits, self.tau)
+        return self.run(features, choice, x.shape[-1])
+
+    def run(self, features: Tensor, choice: Tensor, size: int) -> DynamicOutput:
+        """The part after the decision, for positions in the routing space given on the host."""
+        return self.model.dispatch(
+            features,
+            choice,
+            lambda group, route: self.rests[route](group),
+            self.model.space_madds(size),
+        )

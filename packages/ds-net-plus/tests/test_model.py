@@ -1,0 +1,213 @@
+"""Networks: the spec's integers, and sliced = masked = materialised = grouped."""
+
+import pytest
+import torch
+from ds_net_plus.model import (
+    DSConvNet,
+    DSMobileNet,
+    check_statistics,
+    choose_routes,
+    count_madds,
+    create_model,
+    run_grouped,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tenfold.errors import UserError
+
+MBNET_MADDS = (
+    132_890_144, 152_917_184, 175_151_968, 199_594_496, 226_244_768, 255_102_784, 286_168_544,
+    319_442_048, 354_923_296, 392_612_288, 432_509_024, 474_613_504, 518_925_728, 565_445_696,
+)  # fmt: skip
+MBNET_PARAMS = (
+    2.660, 2.935, 3.224, 3.528, 3.846, 4.178, 4.524,
+    4.885, 5.260, 5.650, 6.054, 6.472, 6.904, 7.351,
+)  # fmt: skip
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Largest deviation relative to the largest entry."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def mbnet() -> DSMobileNet:
+    with torch.device("meta"):
+        net = create_model("ds_mbnet")
+    assert isinstance(net, DSMobileNet)
+    return net
+
+
+def test_mbnet_costs_are_the_published_integers(mbnet):
+    assert tuple(route.madds for route in mbnet.routes) == MBNET_MADDS
+    assert tuple(round(route.params / 1e6, 3) for route in mbnet.routes) == MBNET_PARAMS
+    assert count_madds(mbnet, "largest") == 819_883_136
+    assert round(mbnet.active_params("largest") / 1e6, 3) == 7.676
+    assert mbnet.routes[13].widths == (640, 1152)
+
+
+def test_mbnet_state_dict_is_the_official_one(mbnet):
+    assert len(mbnet.state_dict()) == 838
+    assert len(list(mbnet.parameters())) == 136
+    assert sum(p.numel() for p in mbnet.parameters()) == 7_676_204
+    assert sum(b.numel() for b in mbnet.buffers()) == 229_930
+    shapes = {k: tuple(v.shape) for k, v in mbnet.state_dict().items()}
+    assert shapes["blocks.3.first_block.gate.gate.0.weight"] == (4, 66, 1, 1)
+    assert shapes["blocks.3.residual_blocks.4.bn2.aux_bn.13.weight"] == (640,)
+    assert shapes["blocks.4.first_block.gate.conv_reduce.weight"] == (160, 640, 1, 1)
+    assert shapes["conv_stem.weight"] == (24, 3, 3, 3)
+
+
+def test_tiny_cnn_costs_are_those_of_the_spec():
+    assert [round(r.madds / 1e6, 3) for r in create_model("ds_cnn_tiny").routes] == [
+        0.246, 0.429, 0.716, 1.107,
+    ]  # fmt: skip
+    assert round(create_model("ds_cnn_wide").routes[-1].madds / 1e6, 1) == 55.5
+
+
+def test_params_of_a_route_are_those_of_its_plain_network(tiny_mbnet):
+    net = tiny_mbnet().eval()
+    for route in (0, 5, "largest"):
+        plain = net.materialize(route)
+        head = sum(p.numel() for p in net.gate_parameters())
+        # folding turns scale and shift of every norm into one bias
+        folded = sum(m.bias.numel() for m in plain.modules() if isinstance(m, torch.nn.Conv2d))
+        total = sum(p.numel() for p in plain.parameters())
+        assert total + folded - head == net.active_params(route)
+
+
+def test_every_route_equals_its_plain_network(net, images):
+    for route in [*range(net.num_routes), "largest"]:
+        close(net.materialize(route)(images), net(images, route=route))
+
+
+def test_masked_equals_sliced(net, images):
+    space = net.routing_space
+    features = net.front(images).features
+    choice = torch.arange(len(images)) % len(space)
+    gate = torch.eye(len(space))[choice]
+    masked = net.masked_rest(features, gate, space)
+    for n, j in enumerate(choice.tolist()):
+        close(masked[n : n + 1], net(images[n : n + 1], route=space[j]))
+
+
+def test_grouped_equals_one_image_at_a_time(net, images):
+    output = net(images)
+    assert output.logits.shape == (len(images), net.num_classes)
+    assert output.routes.dtype == output.madds.dtype == torch.int64
+    for n in range(len(images)):
+        alone = net(images[n : n + 1])
+        assert torch.equal(alone.routes[0], output.routes[n])
+        close(output.logits[n : n + 1], alone.logits)
+        route = int(output.routes[n, 0])
+        close(alone.logits, net(images[n : n + 1], route=route))
+        assert int(output.madds[n]) == count_madds(net, route, images.shape[-1])
+
+
+def test_an_empty_batch_works(net, images):
+    output = net(images[:0])
+    assert output.logits.shape == (0, net.num_classes)
+    assert output.routes.shape == (0, 1)
+
+
+def test_noise_decides_where_it_is_large(net, images):
+    noise = torch.zeros(len(images), net.gate_outputs)
+    noise[:, 2] = 1e6
+    assert net(images, noise=noise).routes.unique().tolist() == [net.routing_space[2]]
+
+
+def test_tau_moves_the_decision_to_cheaper_routes(net, images):
+    means = [net(images, tau=tau).madds.double().mean() for tau in (-1e6, 0.0, 1e6)]
+    assert means[0] == count_madds(net, net.routing_space[-1])
+    assert means[2] == count_madds(net, net.routing_space[0])
+    assert means[0] >= means[1] >= means[2]
+
+
+@given(choice=st.lists(st.integers(0, 3), min_size=0, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_grouping_keeps_the_order_for_any_mix(choice):
+    features = torch.arange(len(choice), dtype=torch.float32)[:, None]
+    sizes = []
+
+    def run(group, j):
+        sizes.append(len(group))
+        return torch.cat([group, torch.full_like(group, j)], 1)
+
+    result = run_grouped(features, torch.tensor(choice, dtype=torch.int64), run, 2)
+    assert result[:, 0].tolist() == list(range(len(choice)))
+    assert result[:, 1].tolist() == choice
+    assert len(sizes) == len(set(choice))
+    assert min(sizes, default=1) > 0
+
+
+def test_choose_routes_by_hand():
+    scores = torch.tensor([[0.5, 0.6, 0.9], [0.8, 0.8, 0.8]])
+    assert choose_routes(scores, [1, 2, 4]).tolist() == [2, 0]
+    assert choose_routes(scores, [1, 2, 4], tau=1.0).tolist() == [0, 0]  # .25, .1, -.1
+    assert choose_routes(scores, [1, 2, 4], tau=0.3).tolist() == [2, 0]  # .425, .45, .6
+
+
+def test_bad_routes_and_spaces_list_what_exists(net, images):
+    with pytest.raises(UserError, match=r"0 \(widths .*MAdds\)"):
+        net(images, route=99)
+    for space in ([0], [0, 0, 1, 2], [3, 2, 1, 0], [-1, 0, 1, 2], [0, 1, 2, 99]):
+        with pytest.raises(UserError, match="ascending"):
+            net.routing_space = space
+    with pytest.raises(UserError, match="outputs"):
+        net.routing_space = [0, 1, 2]
+
+
+def test_untrained_gates_refuse_dynamic_inference(randomize):
+    images = torch.zeros(2, 1, 32, 32)
+    with pytest.raises(UserError, match="train-gate"):
+        DSConvNet().eval()(images)
+    net = randomize(DSConvNet())
+    net.gate_trained = False
+    with pytest.raises(UserError, match="train-gate"):
+        net(images)
+    net.gate_trained = None
+    assert net(images).logits.shape == (2, 10)
+
+
+def test_images_that_are_not_finite_are_named(net, images):
+    images[3, 0, 5, 5] = float("nan")
+    with pytest.raises(UserError, match="image 3"):
+        net(images)
+
+
+def test_unmeasured_statistics_are_noticed(randomize):
+    net = DSConvNet()
+    with pytest.raises(UserError, match="recalibrate"):
+        check_statistics(net, [0])
+    check_statistics(randomize(net), [0, 1, 2, 3, "largest"])
+
+
+def test_gate_state_survives_a_round_trip(net, tiny_mbnet):
+    net.gate_trained, net.gate_score, net.budgets = True, "probability", [(0.1, 5.0)]
+    state = net.gate_state()
+    other = create_model("ds_cnn_tiny") if isinstance(net, DSConvNet) else tiny_mbnet()
+    other.load_gate_state(state)
+    assert other.gate_state() == state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stage_widths": ((4, 8), (4, 8)), "depths": (1,), "strides": (1, 2)}, "equally long"),
+        ({"gate_stage": 7}, "gate_stage 7"),
+        ({"stem_widths": ()}, "stem widths"),
+        ({"stem_widths": (8, 8)}, "ascending"),
+        ({"depths": (1, 2, 2, 0, 2)}, "block"),
+    ],
+)
+def test_impossible_layouts_are_refused_at_construction(arguments, message, tiny_mbnet):
+    with pytest.raises(UserError, match=message):
+        tiny_mbnet(**arguments)
+
+
+def test_unknown_models_and_arguments_are_named():
+    with pytest.raises(UserError, match="ds_mbnet"):
+        create_model("resnet")
+    with pytest.raises(UserError, match="colour"):
+        create_model("ds_cnn_tiny", colour=3)

@@ -1,0 +1,276 @@
+"""One command line for all packages: a table of plain functions, and Lightning's four verbs.
+
+A package declares its commands in a dozen lines:
+
+    app = App(
+        name="ds-net-plus",
+        package="ds_net_plus",
+        description="One network that spends less compute on easy images.",
+        model="ds_net_plus.module:SupernetModule",
+        datamodule="ds_net_plus.data:ImageData",
+        commands={"demo": Command("ds_net_plus.commands:demo", "train, compare and draw")},
+        shortcuts={"route": "model.init_args.route"},
+    )
+
+    def main() -> int:
+        return app.main()
+
+Everything is named by strings "module:attribute" and imported when its command is run, so that
+`--help` needs neither torch nor Lightning. Two kinds of command look alike to the person:
+
+- a plain function: its signature is its command line, its docstring the help;
+- fit, validate, test and predict: LightningCLI, dressed in `tenfold.verbs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tenfold.errors import UserError
+
+E = TypeVar("E", bound=BaseException)
+
+VERBS = {
+    "fit": "train; --config NAME for a recipe, --resume auto to go on after an interruption",
+    "validate": "measure on the validation data, with --ckpt FILE",
+    "test": "measure on the test data, with --ckpt FILE",
+    "predict": "run on new data, with --ckpt FILE",
+}
+RECIPES = "list the packaged recipes, or print one"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A plain function as a command.
+
+    Attributes:
+        target: The function as "module:name". It returns None or an exit status.
+        help: What it does, in one line, for the table of commands.
+    """
+
+    target: str
+    help: str
+
+
+@dataclass(frozen=True)
+class App:
+    """The command line of one package.
+
+    Attributes:
+        name: The command, which is also the name of the distribution.
+        package: The import package, where the folder `recipes` lies.
+        description: What the package is for, in a line.
+        model: The default LightningModule as "module:Class"; any other can be named by
+            `--model CLASS_PATH`. Without it the app has only the plain functions.
+        datamodule: The default LightningDataModule, likewise.
+        commands: The plain functions.
+        shortcuts: Short options of fit, validate, test and predict and what they stand for, such
+            as {"route": "model.init_args.route"} for `--route 2`.
+    """
+
+    name: str
+    package: str
+    description: str
+    model: str | None = None
+    datamodule: str | None = None
+    commands: dict[str, Command] = field(default_factory=dict)
+    shortcuts: dict[str, str] = field(default_factory=dict)
+
+    def main(self, argv: list[str] | None = None) -> int:
+        """Run one command line, `sys.argv` by default, and return its exit status."""
+        try:
+            with warnings.catch_warnings():
+                silence_noise()
+                return self._dispatch(sys.argv[1:] if argv is None else argv)
+        except BaseException as error:
+            return exit_status(error)
+
+    def _dispatch(self, argv: list[str]) -> int:
+        command, *rest = argv or ["--help"]
+        if command in ("-h", "--help"):
+            print(self.help())
+        elif command == "--version":
+            print(self.name, metadata.version(self.name))
+        elif command in self.commands:
+            return run_function(f"{self.name} {command}", self.commands[command], rest)
+        elif command in VERBS and self.model:
+            from tenfold.verbs import run_verb
+
+            return run_verb(self, command, rest)
+        elif command == "recipes" and self.model:
+            self.print_recipes(*rest)
+        else:
+            close = difflib.get_close_matches(command, self.table(), n=1)
+            fix = f"did you mean {close[0]}?" if close else f"see {self.name} --help"
+            raise UserError(f"there is no command {command!r}", fix=fix)
+        return 0
+
+    def table(self) -> dict[str, str]:
+        """Every command with its line of help."""
+        own = {name: command.help for name, command in self.commands.items()}
+        return own | VERBS | {"recipes": RECIPES} if self.model else own
+
+    def help(self) -> str:
+        """What `--help` prints."""
+        width = max(map(len, self.table()), default=0)
+        rows = "\n".join(f"  {name:<{width}}  {line}" for name, line in self.table().items())
+        return (
+            f"usage: {self.name} COMMAND [OPTIONS]\n\n{self.description}\n\ncommands:\n{rows}\n\n"
+            f"{self.name} COMMAND --help explains a command."
+        )
+
+    def recipes(self) -> dict[str, Path]:
+        """The packaged recipes by name."""
+        folder = Path(str(resources.files(self.package) / "recipes"))
+        return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+    def recipe(self, name: str) -> Path:
+        """The file that `--config NAME` means: a path if there is such a file, else a recipe.
+
+        Raises:
+            UserError: if it is neither.
+        """
+        if Path(name).is_file():
+            return Path(name)
+        if name not in self.recipes():
+            fix = f"the recipes are {', '.join(self.recipes()) or 'none'}"
+            raise UserError(f"no recipe and no file is called {name!r}", fix=fix)
+        return self.recipes()[name]
+
+    def print_recipes(self, *names: str) -> None:
+        """Print the named recipes, or the table of all with the first comment line of each."""
+        for name in names:
+            print(self.recipe(name).read_text(encoding="utf-8"), end="")
+        width = max(map(len, self.recipes()), default=0)
+        for name, path in {} if names else self.recipes().items():
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            print(f"{name:<{width}}  {first.removeprefix('#').strip() if first[:1] == '#' else ''}")
+
+
+# -- exit status -------------------------------------------------------------------------------
+
+
+def exit_status(error: BaseException) -> int:
+    """Tell the person about an exception; 2 for their input, 130 for a signal, 1 for our bug."""
+    if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if not isinstance(error, Exception):  # Ctrl-C, which Lightning turns into SystemExit, and
+        print(str(error) or "interrupted", file=sys.stderr)  # tenfold.training.Interrupted
+        return 130
+    told = _cause(error, UserError)
+    if told is None or os.environ.get("TENFOLD_DEBUG") == "1":
+        traceback.print_exception(error)
+    if told is None:
+        return 1
+    print(f"error: {told}", file=sys.stderr)
+    return 2
+
+
+def _cause(error: BaseException | None, kind: type[E]) -> E | None:
+    # jsonargparse wraps what a constructor raises: the exception that tells is further down.
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error
+
+
+def parse_error(error: argparse.ArgumentError, prog: str) -> UserError:
+    """What a parser complains about, in one line."""
+    return UserError(short_parse_error(str(error)), fix=f"see {prog} --help")
+
+
+def short_parse_error(message: str) -> str:
+    """The cause out of jsonargparse's indented account of everything that it tried."""
+    keys, causes, given = [], [], ""
+    for line in (line.strip(" -") for line in message.splitlines()):
+        if key := re.match(r'Parser key "([^"]+)":? ?(.*)', line):
+            keys.append(key[1])
+            line = key[2]
+        if value := re.match(r"Given value: (?!Namespace|NestedArg)(.*)", line):
+            given = given or f", got {value[1]}"
+        noise = r"Does not validate|Subtypes:|Errors:|Given value|Problem with|.*'NoneType'"
+        if line and not re.match(noise, line):
+            causes.append(line.replace(". Got value: ", ", got "))
+    cause = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", " or ".join(causes))
+    return (f"--{'.'.join(keys)}: " if keys else "") + cause.replace(" or Expected", " or") + given
+
+
+def underscored(argv: list[str]) -> list[str]:
+    """Options as jsonargparse knows them, --target_madds for --target-madds."""
+    return [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
+
+
+# -- plain functions ---------------------------------------------------------------------------
+
+
+def run_function(prog: str, command: Command, argv: list[str]) -> int:
+    """Run a plain function with arguments from the command line or from `--config FILE`.
+
+    Parameters without a default are positional arguments (options, if keyword-only), all others
+    options; `--flag` alone sets a bool.
+
+    Raises:
+        UserError: if the arguments do not fit the signature.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    function = load(command.target)
+    about = (inspect.getdoc(function) or command.help).partition("\n\n")[0]
+    parser = ArgumentParser(prog=prog, description=about, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options")
+    parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
+    for action in parser._actions:
+        if isinstance(action.default, bool):
+            action.nargs, action.const = "?", True
+    with_underscores = parser.format_help
+    parser.format_help = lambda: re.sub(
+        r"--\w+", lambda flag: flag[0].replace("_", "-"), with_underscores()
+    )
+    try:
+        values = parser.parse_args(underscored(argv))
+    except argparse.ArgumentError as error:
+        raise parse_error(error, prog) from error
+    values = parser.instantiate_classes(values)
+    values.pop("config", None)
+    status = function(**values)
+    return status if isinstance(status, int) else 0
+
+
+def load(target: str) -> Any:
+    """What "module:attribute" names."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+# -- noise -------------------------------------------------------------------------------------
+
+
+def silence_noise() -> None:
+    """Hide what Lightning says in every run and nobody can act on; every other warning stays."""
+    for message in (
+        "LightningCLI's args parameter",  # on purpose: ours are rewritten
+        "Experiment logs directory",  # of the run that is resumed
+        "Checkpoint directory",
+        "The .* does not have many workers",
+        "The number of training batches",  # is smaller than the logging interval
+        ".*LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "Tip:" not in message and not message.startswith("TPU available: False")

@@ -1,0 +1,472 @@
+"""Loaders whose every item is a pure function of (seed, epoch, index).
+
+No generator state is ever saved: an item is drawn by its key alone, so that worker count, batch
+order and interruptions cannot change it, and a run resumes in the middle of an epoch by leaving
+out the keys that it has used.
+"""
+
+import logging
+import signal
+import struct
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import default_collate as torch_collate
+
+from tenfold.errors import UserError
+from tenfold.training import item_rng, mix, seed_cpu
+
+log = logging.getLogger(__name__)
+
+_BAD = (UserError, OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error)
+"""What a broken file raises; anything else is a bug and keeps its traceback."""
+
+_TRIES = 16
+"""Neighbours tried in place of an unreadable training item before giving up."""
+
+
+class Draw(NamedTuple):
+    """The key of one item: which item, and in which epoch (so, with which augmentation)."""
+
+    epoch: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def as_draw(key: Draw | int) -> Draw:
+    """A plain index means epoch 0, as in evaluation."""
+    return key if isinstance(key, Draw) else Draw(0, int(key))
+
+
+class EpochSampler(DistributedSampler[Draw]):
+    """Yields the `Draw`s of one rank: a permutation of `size` items by (seed, epoch).
+
+    Every rank gets the same number of items; up to `replicas - 1` of an epoch are left out.
+    It is a DistributedSampler so that Lightning does not wrap it in a second one.
+
+    Args:
+        size: number of items in the data set.
+        seed: the permutation of epoch e is a function of (seed, e).
+        replicas: number of ranks.
+        rank: this one.
+        shuffle: False keeps the order of the data set.
+    """
+
+    def __init__(
+        self, size: int, *, seed: int = 0, replicas: int = 1, rank: int = 0, shuffle: bool = True
+    ) -> None:
+        items = cast("Dataset[Draw]", range(size))
+        super().__init__(items, replicas, rank, shuffle=shuffle, seed=seed, drop_last=True)
+        self.skip = 0
+        """Keys already used: left out of the next pass, and of that one only."""
+
+    def __iter__(self) -> Iterator[Draw]:
+        size = len(cast("range", self.dataset))
+        order = torch.arange(size)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+            order = torch.randperm(size, generator=generator)
+        kept = order[: self.num_samples * self.num_replicas]
+        mine = kept[self.rank :: self.num_replicas].tolist()
+        skip, self.skip = self.skip, 0
+        return iter([Draw(self.epoch, index) for index in mine[skip:]])
+
+
+# --------------------------------------------------------------------------------- unusable items
+
+
+class BadItem(NamedTuple):
+    """An item that could not be used, as it travels from a worker to the main process."""
+
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    reason: str
+    trace: str
+
+
+class BadItems:
+    """The unusable items of one split: raises at the first, or counts and reports them."""
+
+    def __init__(self, split: str, size: int, skip: bool) -> None:
+        self.split, self.size, self.skip = split, size, skip
+        self.reasons: dict[int, str] = {}
+        self._news: dict[int, str] = {}
+
+    def add(self, bad: Sequence[BadItem]) -> None:
+        """Counts `bad`, or raises UserError for its first if they are not to be skipped."""
+        for item in bad:
+            if not self.skip:
+                fix = "mend it, or leave such items out with on_bad_item=skip"
+                error = UserError(
+                    f"item {item.index} of {self.split} cannot be used: {item.reason}", fix=fix
+                )
+                raise error from RuntimeError(item.trace)
+            self._news[item.index] = self.reasons[item.index] = item.reason
+
+    def report(self) -> None:
+        """Logs what was skipped since the last report: how many, and the first offenders."""
+        if self._news:
+            first = "; ".join(f"{i}: {why}" for i, why in list(self._news.items())[:3])
+            what = f"{len(self._news)} of {self.size} items of {self.split} were skipped"
+            log.warning("%s as unusable, first %s", what, first)
+            self._news = {}
+
+
+class _Fetched(NamedTuple):
+    """Items (later their batch, None if there are none) and what was unusable among them."""
+
+    batch: Any
+    bad: list[BadItem]
+
+
+class _Items(Dataset[Any]):
+    """A data set inside a worker: seeds every item by its key and catches unusable ones."""
+
+    def __init__(self, dataset: Any, seed: int, replace: bool, bad: BadItems) -> None:
+        self.dataset, self.seed, self.replace, self.bad = dataset, seed, replace, bad
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: Sequence[Draw | int]) -> _Fetched:
+        draws = [as_draw(key) for key in keys]
+        if hasattr(self.dataset, "__getitems__"):
+            return _Fetched(self.dataset.__getitems__(draws), [])
+        bad: list[BadItem] = []
+        with item_rng(self.seed):  # saves and restores once a batch, seeds once an item
+            items = [item for draw in draws for item in self._read(draw, bad)]
+        return _Fetched(items, bad)
+
+    def _read(self, draw: Draw, bad: list[BadItem]) -> list[Any]:
+        """The item in a list; the next usable one in its place if so wished; or nothing."""
+        for offset in range(_TRIES if self.replace else 1):
+            at = Draw(draw.epoch, (draw.index + offset) % len(self))
+            seed_cpu(mix(self.seed, *at))
+            try:
+                return [self.dataset[at]]
+            except _BAD as error:
+                reason = str(error) if isinstance(error, UserError) else repr(error)
+                bad.append(BadItem(at.index, reason, traceback.format_exc()))
+        return []
+
+
+class _Collate:
+    """The data module's collate on the items that were read; a finished batch stays as it is."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, fetched: Any) -> _Fetched:
+        items, bad = fetched
+        if not isinstance(items, list):
+            return fetched
+        return _Fetched(self.collate(items) if items else None, bad)
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that starts where training stands and settles what its workers found bad."""
+
+    start: Callable[[], int] | None = None
+    """Tells, when the first pass begins, how many batches of it are already done."""
+
+    def __iter__(self) -> Any:
+        # A generator: nothing runs before the first batch is wanted. Lightning opens the
+        # iterator before it has restored its counters and told the sampler the epoch.
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        start, self.start = self.start, None
+        done = start() if start else 0
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.skip = done * cast("int", self.batch_size)
+        items = cast("_Items", self.dataset)
+        items.bad.report()
+        for batch, bad in super().__iter__():
+            items.bad.add(bad)
+            done += 1
+            if done == len(self):  # Lightning never asks for more, so the report is due now
+                items.bad.report()
+            if batch is not None:
+                yield batch
+            elif items.replace:
+                raise UserError(
+                    f"no item of a {items.bad.split} batch is usable", where=bad[0].reason
+                )
+        items.bad.report()
+
+    def state_dict(self) -> dict[str, int]:
+        """What the position within an epoch depends on; the position is Lightning's to keep."""
+        sampler = self.sampler
+        ranks = sampler.num_replicas if isinstance(sampler, EpochSampler) else 1
+        items = cast("_Items", self.dataset)
+        size, seed = len(items), items.seed
+        return {"batch_size": self.batch_size or 0, "items": size, "ranks": ranks, "seed": seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Checks that an epoch is resumed on the same grid of batches.
+
+        Raises:
+            UserError: naming what differs from the interrupted run.
+        """
+        mine = self.state_dict()
+        changed = [f"{key} {state[key]} -> {mine[key]}" for key in mine if state[key] != mine[key]]
+        if changed:
+            raise UserError(
+                f"an epoch begun with other settings cannot be resumed: {', '.join(changed)}",
+                fix="use the settings of the interrupted run, or start a new one",
+            )
+
+
+# -------------------------------------------------------------------------------------- data sets
+
+
+def _map_fields(fields: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """Applies `fn` to the tensors of a dict or NamedTuple; None fields stay."""
+    if isinstance(fields, Mapping):
+        return {key: None if value is None else fn(value) for key, value in fields.items()}
+    return type(fields)(*(None if value is None else fn(value) for value in fields))
+
+
+class TensorItems(Dataset[Any]):
+    """Items held in memory; a whole batch is gathered at once, without collation.
+
+    Args:
+        fields: NamedTuple or dict of tensors with the items along the first dimension, or None.
+            Batches come in the same type.
+        augment: makes (batch, generator) a batch; the generator is seeded by (seed, epoch, first
+            index), so that it too depends on keys alone.
+        seed: see `augment`.
+    """
+
+    def __init__(
+        self,
+        fields: Any,
+        augment: Callable[[Any, torch.Generator], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.fields, self.augment, self.seed = fields, augment, seed
+        sizes: set[int] = set()
+        _map_fields(fields, lambda tensor: sizes.add(len(tensor)))
+        if len(sizes) != 1:
+            raise ValueError(f"tensors of one data set have different lengths: {sorted(sizes)}")
+        self._size = sizes.pop()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitems__(self, keys: Sequence[Draw | int]) -> Any:
+        draws = [as_draw(key) for key in keys]
+        index = torch.tensor([draw.index for draw in draws])
+        batch = _map_fields(self.fields, lambda tensor: tensor.index_select(0, index))
+        if self.augment is None:
+            return batch
+        generator = torch.Generator().manual_seed(mix(self.seed, *draws[0]))
+        return self.augment(batch, generator)
+
+    def __getitem__(self, key: Draw | int) -> Any:
+        return _map_fields(self.__getitems__([key]), lambda tensor: tensor[0])
+
+
+ImageSource = Any
+"""A path, the bytes of a file, datasets' {"bytes", "path"}, or a PIL image."""
+
+
+def read_image(source: ImageSource) -> Any:
+    """Opens an image as 8-bit RGB PIL: grey, palette, alpha, CMYK and 16 bit are converted.
+
+    Raises:
+        UserError: for a missing, empty, truncated or foreign file, with its path.
+    """
+    from PIL import Image
+
+    where = "image in memory"
+    if isinstance(source, Mapping):
+        where = source.get("path") or where
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str | Path):
+        where = str(source)
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        else:
+            image = Image.open(BytesIO(source) if isinstance(source, bytes) else str(source))
+            image.load()
+        if image.mode.startswith("I"):  # 16-bit grey: PIL would clip at 255
+            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+    except (*_BAD, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image: {error}", where=where) from error
+
+
+class ImageItem(NamedTuple):
+    """One item of `ImageItems`; torch's default collation makes it a batch of the same type."""
+
+    image: Any
+    label: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class ImageItems(Dataset[ImageItem]):
+    """Images from files or memory; the transform's randomness is drawn by (seed, epoch, index).
+
+    Args:
+        sources: what `read_image` takes.
+        transform: applied to the RGB PIL image; may draw from Python, NumPy or torch.
+        labels: one class for each source, -1 if left out.
+        seed: of the transform.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        transform: Callable[[Any], Any],
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.sources, self.transform, self.labels, self.seed = sources, transform, labels, seed
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, key: Draw | int) -> ImageItem:
+        draw = as_draw(key)
+        image = read_image(self.sources[draw.index])
+        label = -1 if self.labels is None else int(self.labels[draw.index])
+        with item_rng(self.seed, *draw):
+            return ImageItem(self.transform(image), label, draw.index)
+
+
+# ----------------------------------------------------------------------------------- data module
+
+
+def _quiet_worker(_: int) -> None:
+    """Ctrl-C reaches the whole process group: the main process decides when workers stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class DataModule(LightningDataModule):
+    """Base of all data modules: subclasses give map data sets, this gives exact loaders.
+
+    A data set is indexed with a `Draw` in training and a plain int in evaluation, with the three
+    global generators seeded by (seed, epoch, index). One with `__getitems__` (TensorItems) returns
+    whole batches instead. Training batches are full (the rest of an epoch's permutation is left
+    out, another rest in every epoch) unless the data set is smaller than one.
+
+    Args:
+        batch_size: items in a training batch, on each rank.
+        eval_batch_size: items in any other batch; as in training if left out.
+        workers: loading processes; data in memory is fastest with 0.
+        seed: of order and augmentation.
+        on_bad_item: "raise" stops with the item's index and path. "skip" counts unusable items
+            and names them at the end of the epoch; in training the next usable item takes the
+            place, so that batches keep their size on all ranks, in evaluation the batch shrinks.
+        pin_memory: page-locked batches; if left out, when training runs on CUDA.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
+        on_bad_item: Literal["raise", "skip"] = "raise",
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or workers < 0:
+            raise UserError(f"batch_size {batch_size} must be >= 1 and workers {workers} >= 0")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.workers, self.seed, self.on_bad_item = workers, seed, on_bad_item
+        self.pin_memory = pin_memory
+        self.bad_items: dict[str, BadItems] = {}
+
+    collate: Callable[[list[Any]], Any] = staticmethod(torch_collate)
+    """Items to batch; a static method, since it is sent to the workers."""
+
+    def train_dataset(self) -> Any:
+        """The map data set to learn from."""
+        raise NotImplementedError
+
+    def val_dataset(self) -> Any:
+        """The map data set to validate on, or None."""
+        return None
+
+    def test_dataset(self) -> Any:
+        """The map data set to test on, or None."""
+        return None
+
+    def predict_dataset(self) -> Any:
+        """The map data set to predict, or None."""
+        return None
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled by (seed, epoch), sharded by rank, resumed behind the last finished batch."""
+        dataset, trainer = self.train_dataset(), self.trainer
+        ranks, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        sampler = EpochSampler(len(dataset), seed=self.seed, replicas=ranks, rank=rank)
+        if not len(sampler):
+            raise UserError(f"{len(dataset)} training items cannot feed {ranks} process(es)")
+        loader = self._loader("train", dataset, self.batch_size, sampler)
+
+        def start() -> int:
+            # the position is the trainer's only for the loader that it trains from
+            if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
+                return 0
+            return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+        loader.start = start
+        return loader
+
+    def val_dataloader(self) -> Any:
+        """In order; no loader if there is no data set and training can do without."""
+        return self._eval_loader("val", self.val_dataset())
+
+    def test_dataloader(self) -> Any:
+        """In order."""
+        return self._eval_loader("test", self.test_dataset())
+
+    def predict_dataloader(self) -> Any:
+        """In order."""
+        return self._eval_loader("predict", self.predict_dataset())
+
+    def teardown(self, stage: str) -> None:
+        """Reports what was skipped in an epoch that did not end."""
+        for bad in self.bad_items.values():
+            bad.report()
+
+    def _eval_loader(self, split: str, dataset: Any) -> Any:
+        if dataset is not None:
+            return self._loader(split, dataset, self.eval_batch_size)
+        if split == "val" and self.trainer is not None and self.trainer.state.fn == "fit":
+            return []
+        raise UserError(f"this data has no {split} split")
+
+    def _loader(
+        self, split: str, dataset: Any, batch_size: int, sampler: EpochSampler | None = None
+    ) -> Loader:
+        pin = self.pin_memory
+        if pin is None:
+            pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        bad = BadItems(split, len(dataset), self.on_bad_item == "skip")
+        self.bad_items[split] = bad
+        return Loader(
+            _Items(dataset, self.seed, bad.skip and sampler is not None, bad),
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=sampler is not None and len(sampler) >= batch_size,
+            num_workers=self.workers,
+            collate_fn=_Collate(self.collate),
+            worker_init_fn=_quiet_worker,
+            pin_memory=pin,
+            persistent_workers=self.workers > 0 and split in ("train", "val"),
+            generator=torch.Generator(),  # or opening the loader draws from the global one
+        )

@@ -1,0 +1,224 @@
+"""fit, validate, test and predict: LightningCLI, with recipes, run folders and checkpoints by name.
+
+`plan_run` rewrites what a person types into what LightningCLI reads, `VerbCLI` adds the loggers
+and callbacks that every run has. `tenfold.cli` imports this file when one of the four is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from tenfold.checkpoint import load_state
+from tenfold.cli import VERBS, App, load, parse_error, underscored
+from tenfold.errors import UserError
+from tenfold.progress import PlainProgress, on_terminal
+from tenfold.training import LAST, Resumable, StepSeed, resume_path
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a verb.
+
+    Attributes:
+        folder: Where logs, checkpoints and the full config go: trainer.default_root_dir.
+        checkpoint: What to start from, if anything.
+        argv: The arguments for LightningCLI.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    argv: list[str]
+
+
+def run_verb(app: App, verb: str, argv: list[str]) -> int:
+    """Run fit, validate, test or predict.
+
+    Raises:
+        UserError: if the arguments, the configuration or the checkpoint do not fit.
+    """
+    try:
+        run = plan_run(app, verb, argv)
+        cli = VerbCLI(app, verb, run)
+        options = {"return_predictions": False} if verb == "predict" else {}
+        work = getattr(cli.trainer, verb)
+        work(cli.model, datamodule=cli.datamodule, ckpt_path=run.checkpoint, **options)
+    except argparse.ArgumentError as error:
+        raise parse_error(error, f"{app.name} {verb}") from error
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise UserError("the checkpoint is of another model", fix=str(error)) from error
+    return 0
+
+
+def plan_run(app: App, verb: str, argv: list[str]) -> Run:
+    """Rewrite what a person types into what LightningCLI reads.
+
+    An argument of the model comes from the command line, else from the checkpoint, else from the
+    last `--config` that has it; one of the data from the command line, else the last `--config`,
+    else the checkpoint.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("-c", "--config", action="append", default=[])
+    options.add_argument("--trainer.default_root_dir", dest="folder")
+    names = ["--ckpt", "--ckpt_path", *(["--resume"] if verb == "fit" else [])]
+    options.add_argument(*names, dest="checkpoint")
+    for short in app.shortcuts:
+        options.add_argument(f"--{short}")
+    typed, flags = options.parse_known_args(underscored(argv))
+
+    recipes = [app.recipe(name) for name in typed.config]
+    folder, checkpoint = _folder_and_checkpoint(app, verb, typed, recipes)
+    if checkpoint and verb == "fit" and not recipes:
+        recipes = [path for path in [folder / CONFIG] if path.is_file()]
+    saved = _saved_arguments(app, checkpoint) if checkpoint else {}
+    configs = [saved.get("data"), *recipes, saved.get("model")]
+    short = {long: getattr(typed, short) for short, long in app.shortcuts.items()}
+    argv = [f"--config={config}" for config in configs if config]
+    argv += [f"--trainer.default_root_dir={folder}"]
+    argv += [f"--{long}={value}" for long, value in short.items() if value is not None]
+    return Run(folder, checkpoint, argv + flags)
+
+
+def _folder_and_checkpoint(
+    app: App, verb: str, typed: argparse.Namespace, recipes: list[Path]
+) -> tuple[Path, Path | None]:
+    """Where a run writes, and the checkpoint that it starts from."""
+    label = recipes[-1].stem if recipes else str(app.model).rpartition(":")[2]
+    chosen = typed.folder or _folder_in(recipes)
+    base = Path(chosen or f"runs/{app.name}/{label}")
+    if typed.checkpoint not in (None, "auto"):
+        path = Path(typed.checkpoint)
+        path = path / LAST if path.is_dir() else path
+        owners = [folder for folder in [*path.parents][:2] if (folder / CONFIG).is_file()]
+        return (base if chosen or not owners else owners[0]), path
+    used = _used(base)
+    newest = base if chosen or not used else used[-1]
+    if typed.checkpoint == "auto":
+        checkpoint = resume_path(newest)
+        if checkpoint is None and verb != "fit":
+            raise UserError("no run has saved a checkpoint yet", where=str(newest), fix="fit first")
+        return newest, checkpoint
+    if verb != "fit" or not used:
+        return newest, None
+    if chosen:
+        fix = "go on with --resume auto, or choose another --trainer.default_root_dir"
+        raise UserError("the folder holds a run", where=str(base), fix=fix)
+    return base.with_name(f"{base.name}-{len(used) + 1}"), None
+
+
+def _used(base: Path) -> list[Path]:
+    """The folders base, base-2, base-3, ... that hold a run: a new one never writes over it."""
+    numbered = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
+    return list(takewhile(lambda folder: (folder / CONFIG).is_file(), numbered))
+
+
+def _folder_in(recipes: Iterable[Path]) -> str | None:
+    """The last run folder that a config sets, as the config of an earlier run does."""
+    folder = None
+    for path in recipes:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            folder = (content.get("trainer") or {}).get("default_root_dir") or folder
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise UserError(f"not a YAML file of settings: {error}", where=str(path)) from error
+    return folder
+
+
+def _saved_arguments(app: App, checkpoint: Path) -> dict[str, str]:
+    """What the model and the data of a checkpoint were made with, as configs for LightningCLI."""
+    state = load_state(checkpoint)
+    if "pytorch-lightning_version" not in state:
+        raise UserError("weights, but not a checkpoint of fit", where=str(checkpoint))
+    found = {}
+    for part, key, default in (
+        ("model", "hyper_parameters", app.model),
+        ("data", "datamodule_hyper_parameters", app.datamodule),
+    ):
+        arguments = {k: v for k, v in state.get(key, {}).items() if k != "_instantiator"}
+        # absent in a checkpoint of a module that was made in Python
+        class_path = arguments.pop("_class_path", (default or "").replace(":", "."))
+        if key in state and class_path:
+            spec = {"class_path": class_path, "init_args": arguments}
+            found[part] = json.dumps({part: spec}, default=str)
+    return found
+
+
+class VerbCLI(LightningCLI):
+    """LightningCLI with the app's classes as defaults; any other can be named."""
+
+    def __init__(self, app: App, verb: str, run: Run) -> None:
+        """Parse, and make the model, the data module and the trainer."""
+        self.app, self.verb, self.run = app, verb, run
+        short = "".join(f"; --{short} for --{long}" for short, long in app.shortcuts.items())
+        about = f"{VERBS[verb]}. Short options: --ckpt for --ckpt_path{short}."
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule if app.datamodule else None,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfigCallback if verb == "fit" else None,
+            save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": f"{app.name} {verb}",
+                "description": about,
+                "exit_on_error": False,
+            },
+            args=run.argv,
+            run=False,  # run_verb does it: LightningCLI would let the checkpoint beat the options
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set the default classes."""
+        for part, target in {"model": self.app.model, "data": self.app.datamodule}.items():
+            if target:
+                load(target)  # its relatives can then be named without their module
+                parser.set_defaults({part: {"class_path": target.replace(":", ".")}})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add what every run has, unless the configuration says otherwise."""
+        try:
+            return super().instantiate_trainer(**kwargs, **self._loggers(), **self._callbacks())
+        except ValueError as error:  # no such accelerator, strategy or precision
+            raise UserError(str(error)) from error
+
+    def _loggers(self) -> dict[str, Any]:
+        if self.config_init["trainer"]["logger"] is not None:
+            return {}
+        name = "" if self.verb == "fit" else self.verb
+        csv = CSVLogger(self.run.folder, name, version="", flush_logs_every_n_steps=1)
+        board = TensorBoardLogger(self.run.folder, name, version="")
+        return {"logger": [csv, board] if self.verb == "fit" else csv}
+
+    def _callbacks(self) -> dict[str, Any]:
+        settings = self.config_init["trainer"]
+        chosen = settings["callbacks"] or []
+        chosen = chosen if isinstance(chosen, list) else [chosen]
+        ours = [Resumable(), StepSeed(self.config["seed_everything"] or 0)]
+        extras = {}
+        if settings["enable_progress_bar"] is not False:
+            ours.append(RichProgressBar() if on_terminal() else PlainProgress())
+            extras["enable_progress_bar"] = on_terminal()
+        kinds = {type(callback) for callback in chosen}
+        callbacks = [callback for callback in ours if type(callback) not in kinds] + chosen
+        # Resumable first: what others do at the start of a batch is done again after a resume
+        callbacks.sort(key=lambda callback: not isinstance(callback, Resumable))
+        return {"callbacks": callbacks, **extras}
