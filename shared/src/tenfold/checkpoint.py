@@ -106,7 +106,7 @@ def _refuse_zip_bomb(path: Path) -> None:
 
 
 def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> UserError:
-    found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    found = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
     if found is None:
         return UserError("no checkpoint, or a damaged one", where=str(path), fix=_AGAIN)
     return UserError(
@@ -282,7 +282,7 @@ def load_model_files(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, A
         if not (folder / name).is_file():
             raise UserError(f"no model folder, {name} is missing", where=str(folder))
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError("not valid JSON", where=str(folder / CONFIG_FILE)) from error
     if not isinstance(config, dict):

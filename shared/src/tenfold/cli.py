@@ -121,7 +121,7 @@ class App:
     def table(self) -> dict[str, str]:
         """Every command with its line of help."""
         own = {name: command.help for name, command in self.commands.items()}
-        return own | VERBS | {"recipes": RECIPES} if self.model else own
+        return own | VERBS | {"recipes": RECIPES} | own if self.model else own
 
     def help(self) -> str:
         """What `--help` prints."""
@@ -157,7 +157,8 @@ class App:
         width = max(map(len, self.recipes()), default=0)
         for name, path in {} if names else self.recipes().items():
             first = path.read_text(encoding="utf-8").partition("\n")[0]
-            print(f"{name:<{width}}  {first.removeprefix('#').strip() if first[:1] == '#' else ''}")
+            about = first.removeprefix("#").strip() if first.startswith("#") else ""
+            print(f"{name:<{width}}  {about}".rstrip())
 
 
 # -- exit status -------------------------------------------------------------------------------
@@ -165,12 +166,16 @@ class App:
 
 def exit_status(error: BaseException) -> int:
     """Tell the person about an exception; 2 for their input, 130 for a signal, 1 for our bug."""
-    if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+        error = error.__context__  # Lightning exits with 1 on Ctrl-C
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if not isinstance(error, Exception):  # Ctrl-C, which Lightning turns into SystemExit, and
-        print(str(error) or "interrupted", file=sys.stderr)  # tenfold.training.Interrupted
+    if not isinstance(error, Exception):  # Ctrl-C, or tenfold.training.Interrupted
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
-    told = _cause(error, UserError)
+    told = cause(error, UserError)
     if told is None or os.environ.get("TENFOLD_DEBUG") == "1":
         traceback.print_exception(error)
     if told is None:
@@ -179,8 +184,8 @@ def exit_status(error: BaseException) -> int:
     return 2
 
 
-def _cause(error: BaseException | None, kind: type[E]) -> E | None:
-    # jsonargparse wraps what a constructor raises: the exception that tells is further down.
+def cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first of a kind in the chain: jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, kind):
         error = error.__cause__
     return error
@@ -193,18 +198,20 @@ def parse_error(error: argparse.ArgumentError, prog: str) -> UserError:
 
 def short_parse_error(message: str) -> str:
     """The cause out of jsonargparse's indented account of everything that it tried."""
-    keys, causes, given = [], [], ""
+    keys, reasons, given = [], [], ""
     for line in (line.strip(" -") for line in message.splitlines()):
         if key := re.match(r'Parser key "([^"]+)":? ?(.*)', line):
             keys.append(key[1])
             line = key[2]
         if value := re.match(r"Given value: (?!Namespace|NestedArg)(.*)", line):
-            given = given or f", got {value[1]}"
-        noise = r"Does not validate|Subtypes:|Errors:|Given value|Problem with|.*'NoneType'"
+            given = given or value[1]
+        noise = r"Does not validate|Subtypes:|Errors:|Given|Problem with|.*'NoneType'|.*a path but"
         if line and not re.match(noise, line):
-            causes.append(line.replace(". Got value: ", ", got "))
-    cause = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", " or ".join(causes))
-    return (f"--{'.'.join(keys)}: " if keys else "") + cause.replace(" or Expected", " or") + given
+            reasons.append(line.replace(". Got value: ", ", got "))
+    reason = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", " or ".join(reasons))
+    reason = re.sub("^Expected an? ", "expected ", reason.replace("or Expected a ", "or "))
+    got = f", got {given}" if given and given not in reason else ""
+    return (f"--{'.'.join(keys)}: " if keys else "") + reason + got
 
 
 def underscored(argv: list[str]) -> list[str]:
@@ -224,25 +231,29 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
     Raises:
         UserError: if the arguments do not fit the signature.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import (
+        ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage] (it is in __all__)
+        ArgumentParser,
+    )
+
+    class DashParser(ArgumentParser):
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            text = super().format_help(*args, **kwargs)
+            return re.sub(r"--\w+", lambda flag: flag[0].replace("_", "-"), text)
 
     function = load(command.target)
     about = (inspect.getdoc(function) or command.help).partition("\n\n")[0]
-    parser = ArgumentParser(prog=prog, description=about, exit_on_error=False)
+    parser = DashParser(prog=prog, description=about, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options")
     parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
     for action in parser._actions:
         if isinstance(action.default, bool):
             action.nargs, action.const = "?", True
-    with_underscores = parser.format_help
-    parser.format_help = lambda: re.sub(
-        r"--\w+", lambda flag: flag[0].replace("_", "-"), with_underscores()
-    )
     try:
         values = parser.parse_args(underscored(argv))
     except argparse.ArgumentError as error:
         raise parse_error(error, prog) from error
-    values = parser.instantiate_classes(values)
+    values = parser.instantiate(values)
     values.pop("config", None)
     status = function(**values)
     return status if isinstance(status, int) else 0
@@ -263,14 +274,16 @@ def silence_noise() -> None:
         "LightningCLI's args parameter",  # on purpose: ours are rewritten
         "Experiment logs directory",  # of the run that is resumed
         "Checkpoint directory",
+        "The dirpath has changed",  # test writes beside the checkpoints of fit
         "The .* does not have many workers",
         "The number of training batches",  # is smaller than the logging interval
         ".*LeafSpec",
     ):
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return "Tip:" not in message and not message.startswith("TPU available: False")
+    noise = "Tip:|TPU available: False|`weights_only` was not set"
+    return not re.search(noise, record.getMessage())

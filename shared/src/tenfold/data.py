@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torch.utils.data import default_collate as torch_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tenfold.errors import UserError
 from tenfold.training import item_rng, mix, seed_cpu
@@ -76,11 +77,8 @@ class EpochSampler(DistributedSampler[Draw]):
             order = torch.randperm(size, generator=generator)
         kept = order[: self.num_samples * self.num_replicas]
         mine = kept[self.rank :: self.num_replicas].tolist()
-        skip, self.skip = self.skip, 0
-        return iter([Draw(self.epoch, index) for index in mine[skip:]])
-
-
-# --------------------------------------------------------------------------------- unusable items
+        epoch, skip, self.skip = self.epoch, self.skip, 0
+        return (Draw(epoch, index) for index in mine[skip:])
 
 
 class BadItem(NamedTuple):
@@ -103,11 +101,9 @@ class BadItems:
         """Counts `bad`, or raises UserError for its first if they are not to be skipped."""
         for item in bad:
             if not self.skip:
+                what = f"item {item.index} of {self.split} cannot be used: {item.reason}"
                 fix = "mend it, or leave such items out with on_bad_item=skip"
-                error = UserError(
-                    f"item {item.index} of {self.split} cannot be used: {item.reason}", fix=fix
-                )
-                raise error from RuntimeError(item.trace)
+                raise UserError(what, fix=fix) from RuntimeError(item.trace)
             self._news[item.index] = self.reasons[item.index] = item.reason
 
     def report(self) -> None:
@@ -119,11 +115,8 @@ class BadItems:
             self._news = {}
 
 
-class _Fetched(NamedTuple):
-    """Items (later their batch, None if there are none) and what was unusable among them."""
-
-    batch: Any
-    bad: list[BadItem]
+_Fetched = tuple[Any, list[BadItem]]
+"""Items (later their batch, None if there are none) and what was unusable among them."""
 
 
 class _Items(Dataset[Any]):
@@ -137,12 +130,11 @@ class _Items(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[Draw | int]) -> _Fetched:
         draws = [as_draw(key) for key in keys]
-        if hasattr(self.dataset, "__getitems__"):
-            return _Fetched(self.dataset.__getitems__(draws), [])
         bad: list[BadItem] = []
-        with item_rng(self.seed):  # saves and restores once a batch, seeds once an item
-            items = [item for draw in draws for item in self._read(draw, bad)]
-        return _Fetched(items, bad)
+        with item_rng(self.seed, *draws[0]):  # of a batch; _read seeds each item again
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(draws), bad
+            return [item for draw in draws for item in self._read(draw, bad)], bad
 
     def _read(self, draw: Draw, bad: list[BadItem]) -> list[Any]:
         """The item in a list; the next usable one in its place if so wished; or nothing."""
@@ -165,9 +157,9 @@ class _Collate:
 
     def __call__(self, fetched: Any) -> _Fetched:
         items, bad = fetched
-        if not isinstance(items, list):
-            return fetched
-        return _Fetched(self.collate(items) if items else None, bad)
+        if isinstance(items, list):
+            items = self.collate(items) if items else None
+        return items, bad
 
 
 class Loader(DataLoader[Any]):
@@ -175,6 +167,17 @@ class Loader(DataLoader[Any]):
 
     start: Callable[[], int] | None = None
     """Tells, when the first pass begins, how many batches of it are already done."""
+
+    @property
+    def items(self) -> _Items:
+        """The data set, wrapped."""
+        return cast("_Items", self.dataset)
+
+    def close(self) -> None:
+        """Ends persistent workers now, not seconds later when the garbage collector meets them."""
+        iterator, self._iterator = self._iterator, None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
 
     def __iter__(self) -> Any:
         # A generator: nothing runs before the first batch is wanted. Lightning opens the
@@ -186,45 +189,37 @@ class Loader(DataLoader[Any]):
         done = start() if start else 0
         if isinstance(self.sampler, EpochSampler):
             self.sampler.skip = done * cast("int", self.batch_size)
-        items = cast("_Items", self.dataset)
-        items.bad.report()
-        for batch, bad in super().__iter__():
-            items.bad.add(bad)
-            done += 1
-            if done == len(self):  # Lightning never asks for more, so the report is due now
-                items.bad.report()
-            if batch is not None:
-                yield batch
-            elif items.replace:
-                raise UserError(
-                    f"no item of a {items.bad.split} batch is usable", where=bad[0].reason
-                )
-        items.bad.report()
+        bad_items = self.items.bad
+        bad_items.report()
+        try:
+            for batch, bad in super().__iter__():
+                bad_items.add(bad)
+                done += 1
+                if done == len(self):  # Lightning never asks for more: the report is due now
+                    bad_items.report()
+                if batch is not None:
+                    yield batch
+                elif self.items.replace:
+                    raise UserError("no item of a training batch is usable", where=bad[0].reason)
+            bad_items.report()
+        except Exception:
+            self.close()
+            raise
 
     def state_dict(self) -> dict[str, int]:
         """What the position within an epoch depends on; the position is Lightning's to keep."""
         sampler = self.sampler
         ranks = sampler.num_replicas if isinstance(sampler, EpochSampler) else 1
-        items = cast("_Items", self.dataset)
-        size, seed = len(items), items.seed
+        size, seed = len(self.items), self.items.seed
         return {"batch_size": self.batch_size or 0, "items": size, "ranks": ranks, "seed": seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Checks that an epoch is resumed on the same grid of batches.
-
-        Raises:
-            UserError: naming what differs from the interrupted run.
-        """
+        """Raises UserError unless an epoch is resumed on the same grid of batches."""
         mine = self.state_dict()
-        changed = [f"{key} {state[key]} -> {mine[key]}" for key in mine if state[key] != mine[key]]
+        changed = [f"{k} {was} -> {mine.get(k)}" for k, was in state.items() if was != mine.get(k)]
         if changed:
-            raise UserError(
-                f"an epoch begun with other settings cannot be resumed: {', '.join(changed)}",
-                fix="use the settings of the interrupted run, or start a new one",
-            )
-
-
-# -------------------------------------------------------------------------------------- data sets
+            what = f"an epoch begun with other settings cannot be resumed ({', '.join(changed)})"
+            raise UserError(what, fix="use those of the interrupted run, or start a new one")
 
 
 def _map_fields(fields: Any, fn: Callable[[Tensor], Any]) -> Any:
@@ -284,7 +279,7 @@ def read_image(source: ImageSource) -> Any:
     Raises:
         UserError: for a missing, empty, truncated or foreign file, with its path.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     where = "image in memory"
     if isinstance(source, Mapping):
@@ -301,8 +296,11 @@ def read_image(source: ImageSource) -> Any:
         if image.mode.startswith("I"):  # 16-bit grey: PIL would clip at 255
             image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError("no image, or an unknown format", where=where) from error
     except (*_BAD, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image: {error}", where=where) from error
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the image: {why}", where=where) from error
 
 
 class ImageItem(NamedTuple):
@@ -341,9 +339,6 @@ class ImageItems(Dataset[ImageItem]):
         label = -1 if self.labels is None else int(self.labels[draw.index])
         with item_rng(self.seed, *draw):
             return ImageItem(self.transform(image), label, draw.index)
-
-
-# ----------------------------------------------------------------------------------- data module
 
 
 def _quiet_worker(_: int) -> None:
@@ -388,9 +383,13 @@ class DataModule(LightningDataModule):
         self.workers, self.seed, self.on_bad_item = workers, seed, on_bad_item
         self.pin_memory = pin_memory
         self.bad_items: dict[str, BadItems] = {}
+        """What was found unusable so far, by split."""
+        self._loaders: WeakSet[Loader] = WeakSet()
 
-    collate: Callable[[list[Any]], Any] = staticmethod(torch_collate)
-    """Items to batch; a static method, since it is sent to the workers."""
+    @staticmethod
+    def collate(items: list[Any]) -> Any:
+        """Items to a batch; static, since it is sent to the workers."""
+        return default_collate(items)
 
     def train_dataset(self) -> Any:
         """The map data set to learn from."""
@@ -443,6 +442,11 @@ class DataModule(LightningDataModule):
         for bad in self.bad_items.values():
             bad.report()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the workers; Lightning forgets those of training if a validation is broken off."""
+        for loader in self._loaders:
+            loader.close()
+
     def _eval_loader(self, split: str, dataset: Any) -> Any:
         if dataset is not None:
             return self._loader(split, dataset, self.eval_batch_size)
@@ -456,9 +460,8 @@ class DataModule(LightningDataModule):
         pin = self.pin_memory
         if pin is None:
             pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        bad = BadItems(split, len(dataset), self.on_bad_item == "skip")
-        self.bad_items[split] = bad
-        return Loader(
+        bad = self.bad_items[split] = BadItems(split, len(dataset), self.on_bad_item == "skip")
+        loader = Loader(
             _Items(dataset, self.seed, bad.skip and sampler is not None, bad),
             batch_size=batch_size,
             sampler=sampler,
@@ -470,3 +473,5 @@ class DataModule(LightningDataModule):
             persistent_workers=self.workers > 0 and split in ("train", "val"),
             generator=torch.Generator(),  # or opening the loader draws from the global one
         )
+        self._loaders.add(loader)
+        return loader

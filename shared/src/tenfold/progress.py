@@ -41,7 +41,7 @@ def track(iterable: Iterable[T], total: int | None = None, label: str = "") -> I
         yield from rich_track(iterable, label, total, console=Console(stderr=True))
         return
     lines, of_total, done = Lines(), f"/{total}" if total else "", 0
-    for done, item in enumerate(iterable, start=1):  # noqa: B007 (used after the loop)
+    for done, item in enumerate(iterable, start=1):
         yield item
         left = lines.time_left(done / total) if total else ""
         lines.sometimes(f"{label} {done}{of_total}{left}")
@@ -135,7 +135,12 @@ def _plain_progress_class() -> type:
             self.lines = Lines(self.seconds, fraction_done(trainer))
 
         def on_train_batch_end(
-            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+            self,
+            trainer: Trainer,
+            pl_module: LightningModule,
+            outputs: Any,
+            batch: Any,
+            batch_idx: int,
         ) -> None:
             if trainer.is_global_zero and self.lines.due:
                 left = self.lines.time_left(fraction_done(trainer))

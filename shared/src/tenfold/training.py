@@ -25,8 +25,6 @@ from torch import Tensor
 from tenfold.checkpoint import AtomicCheckpointIO
 from tenfold.errors import UserError
 
-# ------------------------------------------------------------------------ randomness by position
-
 
 def _splitmix64(state: int) -> int:
     """The first output of SplitMix64 from `state` (Steele et al., OOPSLA 2014): a bijection."""
@@ -68,11 +66,7 @@ def item_rng(seed: int, *keys: int) -> Iterator[None]:
 class StepSeed(Callback):
     """Makes dropout, noise and mixing a function of (seed, epoch, batch, rank), not of history.
 
-    The batch within the epoch rather than the optimizer step is the key: with gradient
-    accumulation several batches share a step, and would share their dropout masks.
-
-    Args:
-        seed: of the run.
+    Not of the optimizer step: the batches that gather gradients for one would share their masks.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -99,9 +93,6 @@ class StepSeed(Callback):
         self._seed(trainer, 2, trainer.global_step)
 
 
-# ------------------------------------------------------------------------------------- bad losses
-
-
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] (set by a connector)
 
@@ -109,42 +100,38 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 class StopOnBadLoss(Callback):
     """Ends training when the loss stays NaN or infinite; `Resumable` keeps the last good state.
 
-    It reads the loss that `training_step` returns (itself or under "loss"), once a step. From the
-    first bad loss on `Resumable` saves nothing until the loss is finite again.
+    It reads the loss that `training_step` returns (itself or under "loss"). From the first bad one
+    on `Resumable` saves nothing until the loss is finite again.
 
     Args:
-        patience: bad steps in a row that end training.
+        patience: bad losses in a row that end training.
     """
 
     def __init__(self, patience: int = 10) -> None:
         if patience < 1:
             raise UserError(f"patience {patience} must be at least 1")
         self.patience = patience
-        self.bad_steps = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets an earlier fit."""
-        self.bad_steps = 0
+        self.bad_losses = self._since = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts bad losses in a row.
-
-        Raises:
-            UserError: at the `patience`-th, naming the first bad step and the last checkpoint.
-        """
+        """Counts bad losses in a row, and ends training at the `patience`-th."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor):
             return
-        self.bad_steps = 0 if bool(torch.isfinite(loss).all()) else self.bad_steps + 1
-        if self.bad_steps >= self.patience:
-            self._stop(trainer, f"the loss is NaN or infinite for {self.bad_steps} steps")
+        if torch.isfinite(loss).all():
+            self.bad_losses = 0
+            return
+        self._since = self._since if self.bad_losses else trainer.global_step
+        self.bad_losses += 1
+        if self.bad_losses >= self.patience:
+            self._stop(trainer, "the loss is NaN or infinite")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Does not let a run pass that ends on bad losses."""
-        if self.bad_steps:
-            self._stop(trainer, f"the loss is NaN or infinite in the last {self.bad_steps} steps")
+        if self.bad_losses:
+            self._stop(trainer, "training ended on a loss that is NaN or infinite")
 
     def healthy(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the present state is worth keeping, the same answer on every rank.
@@ -156,32 +143,26 @@ class StopOnBadLoss(Callback):
         finite = [p.isfinite().all() for p in pl_module.parameters() if p.is_floating_point()]
         finite += [~b.isnan().any() for b in pl_module.buffers() if b.is_floating_point()]
         sound = not finite or bool(torch.stack(finite).all())
-        good = trainer.strategy.reduce_boolean_decision(sound and not self.bad_steps)
-        if not good and not self.bad_steps and not sound:
-            self._stop(trainer, f"weights or buffers are NaN after step {trainer.global_step}")
+        good = trainer.strategy.reduce_boolean_decision(sound and not self.bad_losses)
+        if not sound and not self.bad_losses:
+            self._since = trainer.global_step
+            self._stop(trainer, "weights or buffers are NaN or infinite")
         return good
 
     def _stop(self, trainer: Trainer, what: str) -> None:
         kept = next((c.kept for c in _callbacks(trainer) if isinstance(c, Resumable)), None)
         saved = f"the last good state is {kept}" if kept else "no good state was saved"
         raise UserError(
-            f"{what}, up to step {trainer.global_step}; {saved}",
+            f"{what} from step {self._since} to {trainer.global_step}; {saved}",
             fix="lower the learning rate, clip gradients, or look for NaN in the data",
         )
-
-
-# ---------------------------------------------------------------------------------------- resuming
 
 
 class Interrupted(BaseException):
     """A signal ended the run in good order; the command line turns it into exit status 130.
 
-    Not a KeyboardInterrupt: Lightning would make that `sys.exit(1)`.
-
-    Attributes:
-        signum: the signal.
-        step: optimizer steps done.
-        checkpoint: where to resume, None if nothing has been saved.
+    Not a KeyboardInterrupt: Lightning would make that `sys.exit(1)`. `checkpoint` is where to
+    resume, None if nothing has been saved.
     """
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
@@ -237,24 +218,23 @@ class Resumable(Callback):
         self._running = False
         self._handlers: dict[int, Any] = {}
         self._form: _Form = None
+        self._saved: tuple[int, _Form] = (0, None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the run's checkpoints atomic, unless it has its own way to write them."""
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to listen to signals; until training begins they end the run at once."""
-        self.kept = Path(trainer.ckpt_path) if trainer.ckpt_path else None
-        self._signum = None
-        self._listen(trainer)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a signal waits for the end of the step."""
-        self._running = True
-        self._seen, self._saved_step = -1, trainer.global_step
-        self._saved_time = time.monotonic()
-        self._listen(trainer)  # Lightning has put its own handler of SIGTERM before ours
+        """Starts to listen to signals (no sooner: Lightning would put its own handlers on top)."""
+        self.kept = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        self._signum, self._running = None, True
+        self._seen, self._at_start = -1, True
+        self._saved, self._saved_time = (trainer.global_step, None), time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.getsignal(number)
+                signal.signal(number, lambda signum, _: self._on_signal(trainer, signum))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -270,11 +250,9 @@ class Resumable(Callback):
         if self._running and trainer.global_step != self._seen:
             self._save_or_stop(trainer, pl_module, "before validation", due=True)
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Breaks off a validation that has been saved before (ranks finish it together)."""
-        saved = self._running and trainer.global_step == self._saved_step
+        saved = self._running and self._saved == (trainer.global_step, "before validation")
         if saved and self._signum is not None and trainer.world_size == 1:
             raise self._interrupted(trainer, self._signum)
 
@@ -283,9 +261,7 @@ class Resumable(Callback):
         self._save(trainer, pl_module, None)
         self._stop_listening()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Stops listening to signals."""
         self._stop_listening()
 
@@ -297,15 +273,14 @@ class Resumable(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Writes the counters as Lightning's restart wants to find them."""
-        loop = checkpoint["loops"]["fit_loop"]
+        """Writes the counters as Lightning's restart wants to find them (in own saves only)."""
         if self._form == "between batches":
-            _end_of_last_batch(loop)
+            _end_of_last_batch(checkpoint["loops"]["fit_loop"])
         elif self._form == "before validation":
-            _start_of_validation(loop)
+            _start_of_validation(checkpoint["loops"]["fit_loop"])
 
     def _due(self, trainer: Trainer) -> bool:
-        steps = trainer.global_step - self._saved_step
+        steps = trainer.global_step - self._saved[0]
         seconds = time.monotonic() - self._saved_time
         by_steps = self.every_n_steps is not None and steps >= self.every_n_steps
         return by_steps or (self.every_n_seconds is not None and seconds >= self.every_n_seconds)
@@ -317,7 +292,10 @@ class Resumable(Callback):
         if trainer.world_size > 1:  # signals and clocks differ between ranks: the greatest wins
             wishes = torch.tensor(wish, device=trainer.strategy.root_device)
             wish = int(trainer.strategy.reduce(wishes, reduce_op="max"))
-        if wish and trainer.global_step != self._saved_step:
+        here = trainer.global_step, form
+        if self._at_start:  # nothing has happened since the state that fit was given
+            self._at_start, self._saved = False, here
+        if wish and self._saved != here:
             self._save(trainer, pl_module, form)
         if wish == 2:
             raise self._interrupted(trainer, self._signum or signal.SIGINT)
@@ -332,13 +310,8 @@ class Resumable(Callback):
             trainer.save_checkpoint(path)
         finally:
             self._form = None
-        self.kept, self._saved_step, self._saved_time = path, trainer.global_step, time.monotonic()
-
-    def _listen(self, trainer: Trainer) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers.setdefault(number, signal.getsignal(number))
-                signal.signal(number, lambda signum, _: self._on_signal(trainer, signum))
+        self.kept, self._saved = path, (trainer.global_step, form)
+        self._saved_time = time.monotonic()
 
     def _stop_listening(self) -> None:
         self._running = False
@@ -347,8 +320,6 @@ class Resumable(Callback):
 
     def _on_signal(self, trainer: Trainer, signum: int) -> None:
         now = time.monotonic()
-        if not self._running:
-            raise self._interrupted(trainer, signum)
         if self._signum is None:
             self._signum, self._pressed = signum, now
             note = "Interrupted: saving after this step. Once more stops at once, without saving."

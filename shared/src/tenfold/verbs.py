@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from tenfold.checkpoint import load_state
-from tenfold.cli import VERBS, App, load, parse_error, underscored
+from tenfold.cli import VERBS, App, cause, load, parse_error, underscored
 from tenfold.errors import UserError
 from tenfold.progress import PlainProgress, on_terminal
 from tenfold.training import LAST, Resumable, StepSeed, resume_path
@@ -55,6 +58,7 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
         run = plan_run(app, verb, argv)
         cli = VerbCLI(app, verb, run)
         options = {"return_predictions": False} if verb == "predict" else {}
+        rank_zero_info(f"{verb}: files go to {run.folder}")
         work = getattr(cli.trainer, verb)
         work(cli.model, datamodule=cli.datamodule, ckpt_path=run.checkpoint, **options)
     except argparse.ArgumentError as error:
@@ -64,7 +68,8 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
-        raise UserError("the checkpoint is of another model", fix=str(error)) from error
+        what = textwrap.shorten(str(error), 300)
+        raise UserError("the checkpoint is of another model", fix=what) from error
     return 0
 
 
@@ -77,12 +82,16 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
     """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("-c", "--config", action="append", default=[])
+    options.add_argument("--model")
     options.add_argument("--trainer.default_root_dir", dest="folder")
     names = ["--ckpt", "--ckpt_path", *(["--resume"] if verb == "fit" else [])]
     options.add_argument(*names, dest="checkpoint")
     for short in app.shortcuts:
         options.add_argument(f"--{short}")
     typed, flags = options.parse_known_args(underscored(argv))
+    for part, target in {"--model.help": app.model, "--data.help": app.datamodule}.items():
+        if target and flags[-1:] == [part]:  # alone it would explain LightningModule itself
+            flags.append(target.replace(":", "."))
 
     recipes = [app.recipe(name) for name in typed.config]
     folder, checkpoint = _folder_and_checkpoint(app, verb, typed, recipes)
@@ -93,6 +102,7 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
     short = {long: getattr(typed, short) for short, long in app.shortcuts.items()}
     argv = [f"--config={config}" for config in configs if config]
     argv += [f"--trainer.default_root_dir={folder}"]
+    argv += [f"--model={typed.model}"] if typed.model else []
     argv += [f"--{long}={value}" for long, value in short.items() if value is not None]
     return Run(folder, checkpoint, argv + flags)
 
@@ -101,7 +111,8 @@ def _folder_and_checkpoint(
     app: App, verb: str, typed: argparse.Namespace, recipes: list[Path]
 ) -> tuple[Path, Path | None]:
     """Where a run writes, and the checkpoint that it starts from."""
-    label = recipes[-1].stem if recipes else str(app.model).rpartition(":")[2]
+    model = typed.model or app.model or ""
+    label = recipes[-1].stem if recipes else re.split("[.:]", model)[-1]
     chosen = typed.folder or _folder_in(recipes)
     base = Path(chosen or f"runs/{app.name}/{label}")
     if typed.checkpoint not in (None, "auto"):
@@ -168,7 +179,10 @@ class VerbCLI(LightningCLI):
         """Parse, and make the model, the data module and the trainer."""
         self.app, self.verb, self.run = app, verb, run
         short = "".join(f"; --{short} for --{long}" for short, long in app.shortcuts.items())
-        about = f"{VERBS[verb]}. Short options: --ckpt for --ckpt_path{short}."
+        about = (
+            f"{VERBS[verb]}. --model.help and --data.help tell the arguments of model and data. "
+            f"Short options: --ckpt for --ckpt_path{short}."
+        )
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule if app.datamodule else None,
@@ -193,32 +207,74 @@ class VerbCLI(LightningCLI):
                 load(target)  # its relatives can then be named without their module
                 parser.set_defaults({part: {"class_path": target.replace(":", ".")}})
 
+    def instantiate_classes(self) -> None:
+        """Make everything, and tell in one line which optional package is missing."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # around what the constructor of WandbLogger, say, raised
+            if missing := cause(error, ModuleNotFoundError):
+                raise UserError(str(missing)) from error
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has, unless the configuration says otherwise."""
-        try:
-            return super().instantiate_trainer(**kwargs, **self._loggers(), **self._callbacks())
-        except ValueError as error:  # no such accelerator, strategy or precision
-            raise UserError(str(error)) from error
-
-    def _loggers(self) -> dict[str, Any]:
-        if self.config_init["trainer"]["logger"] is not None:
-            return {}
-        name = "" if self.verb == "fit" else self.verb
-        csv = CSVLogger(self.run.folder, name, version="", flush_logs_every_n_steps=1)
-        board = TensorBoardLogger(self.run.folder, name, version="")
-        return {"logger": [csv, board] if self.verb == "fit" else csv}
-
-    def _callbacks(self) -> dict[str, Any]:
         settings = self.config_init["trainer"]
         chosen = settings["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
-        ours = [Resumable(), StepSeed(self.config["seed_everything"] or 0)]
-        extras = {}
-        if settings["enable_progress_bar"] is not False:
-            ours.append(RichProgressBar() if on_terminal() else PlainProgress())
-            extras["enable_progress_bar"] = on_terminal()
-        kinds = {type(callback) for callback in chosen}
-        callbacks = [callback for callback in ours if type(callback) not in kinds] + chosen
-        # Resumable first: what others do at the start of a batch is done again after a resume
-        callbacks.sort(key=lambda callback: not isinstance(callback, Resumable))
-        return {"callbacks": callbacks, **extras}
+        progress = settings["enable_progress_bar"] is not False
+        seed = int(self.config["seed_everything"] or 0)
+        kwargs["callbacks"] = run_callbacks(chosen, seed=seed, progress=progress)
+        kwargs["enable_progress_bar"] = progress and on_terminal()
+        if settings["logger"] is None:
+            kwargs["logger"] = run_loggers(self.run.folder, self.verb, self.run.checkpoint)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # no such accelerator, strategy or precision
+            raise UserError(str(error)) from error
+
+
+def run_callbacks(
+    chosen: Sequence[Callback] = (), *, seed: int = 0, progress: bool = True
+) -> list[Callback]:
+    """The callbacks that every run has, and those that were chosen for this one.
+
+    Args:
+        chosen: They take the place of ours of the same class.
+        seed: Of the run.
+        progress: Whether to show it; the trainer's enable_progress_bar must be
+            `progress and on_terminal()`.
+    """
+    ours = [Resumable(), StepSeed(seed)]
+    if progress:
+        bar = RichProgressBar(console_kwargs={"stderr": True}) if on_terminal() else PlainProgress()
+        ours.append(bar)
+    kinds = {type(callback) for callback in chosen}
+    callbacks = [callback for callback in ours if type(callback) not in kinds] + list(chosen)
+    # Resumable first: what others do at the start of a batch is done again after a resume
+    return sorted(callbacks, key=lambda callback: not isinstance(callback, Resumable))
+
+
+def run_loggers(folder: Path, verb: str = "fit", checkpoint: Path | None = None) -> list[Logger]:
+    """metrics.csv and TensorBoard in the run's folder; of test and the like in a folder below.
+
+    Args:
+        folder: Of the run.
+        verb: fit, validate, test or predict.
+        checkpoint: What a fit is resumed from: its metrics.csv is continued.
+    """
+    where = {"save_dir": folder, "name": "" if verb == "fit" else verb, "version": ""}
+    table = CSVLogger(**where, flush_logs_every_n_steps=1)
+    if verb != "fit":
+        return [table]
+    if checkpoint:
+        _keep_rows(table, folder / "metrics.csv")
+    return [table, TensorBoardLogger(**where)]
+
+
+@rank_zero_only
+def _keep_rows(logger: CSVLogger, file: Path) -> None:
+    if file.is_file():
+        rows = file.read_text(encoding="utf-8")
+        header = rows.partition("\n")[0]
+        logger.experiment.metrics_keys = header.split(",")  # making an experiment deletes the file
+        file.write_text(rows, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -108,9 +109,7 @@ def with_gate(table: RouteTable, net: DynamicNet) -> RouteTable:
     with torch.no_grad():
         device = next(net.parameters()).device
         scores = net.scores(net.gate_logits(table.gate_input.to(device))).cpu()
-    return RouteTable(
-        table.gate_input, scores, table.logits, table.labels, table.madds, table.hard
-    )
+    return RouteTable(table.gate_input, scores, table.logits, table.labels, table.madds, table.hard)
 
 
 def point_at(table: RouteTable, tau: float = 0.0) -> Point:
@@ -127,33 +126,38 @@ def point_of(table: RouteTable, choice: Int[Tensor, " images"], tau: float = 0.0
 
 
 def calibrate_tau(
-    scores: Float[Tensor, "images routes"], madds: Sequence[float], target: float
+    scores: Float[Tensor, "images routes"],
+    madds: Sequence[int],
+    target: float,
+    costs: Sequence[float] | None = None,
 ) -> float:
-    """Smallest tau at which the mean cost is at most `target`.
+    """Smallest tau at which the mean cost of the gate's decisions is at most `target`.
 
-    Where the gate alone already spends less than `target`, a negative tau raises the cost to it.
+    Negative where the gate alone spends less than the target. Found by bisection.
 
     Args:
         scores: the gate's opinion of every route.
-        madds: cost of the routes, ascending (MAdds or milliseconds).
-        target: mean cost, between that of the first and of the last route.
+        madds: MAdds of the routes, ascending, which the decision prices.
+        target: mean cost, between that of the cheapest and of the dearest route.
+        costs: what `target` is measured in, such as milliseconds; MAdds where None.
 
     Raises:
         UserError: the target is not feasible.
     """
-    if not madds[0] <= target <= madds[-1]:
+    prices = torch.tensor(madds if costs is None else costs, dtype=torch.float64)
+    least, most = float(prices.min()), float(prices.max())
+    if not least <= target <= most:
         raise UserError(
             f"target {target:g} lies outside what the routes can do",
-            fix=f"choose a target from {madds[0]:g} to {madds[-1]:g}",
+            fix=f"choose a target from {least:g} to {most:g}",
         )
-    costs = torch.tensor(madds, dtype=torch.float64)
     # beyond this price every decision is that of cost alone
-    gaps = torch.tensor(madds[1:]) - torch.tensor(madds[:-1])
-    bound = float((scores.max() - scores.min() + 1) * madds[-1] / gaps.min())
-    low, high = -bound, bound
+    gap = min(high - low for low, high in pairwise(madds))
+    high = float(scores.max() - scores.min() + 1) * madds[-1] / gap
+    low = -high
     for _ in range(60):
         middle = (low + high) / 2
-        mean = float(costs[choose_routes(scores, list(madds), middle)].mean())  # pyright: ignore[reportArgumentType]
+        mean = float(prices[choose_routes(scores, madds, middle)].mean())
         low, high = (low, middle) if mean <= target else (middle, high)
     return high
 

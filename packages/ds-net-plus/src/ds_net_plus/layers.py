@@ -196,7 +196,14 @@ class SwitchableBN(nn.Module):
         bn = self.statistics(x.shape[1])
         scale, shift = self.affine(x.shape[1])
         return F.batch_norm(
-            x, bn.running_mean, bn.running_var, scale, shift, self.training, bn.momentum or 0.0, bn.eps
+            x,
+            bn.running_mean,
+            bn.running_var,
+            scale,
+            shift,
+            self.training,
+            bn.momentum or 0.0,
+            bn.eps,
         )
 
     def masked(
@@ -240,17 +247,20 @@ def _pad(statistic: Tensor | None, width: int) -> Tensor:
 class ConvAct(nn.Module):
     """A convolution with its batch norm folded in, and the activation after it, in place."""
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: bool = True) -> None:
-        """Folds `bn` into `conv`; SiLU follows unless `act` is false."""
+    def __init__(
+        self, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: bool = True, fold_bn: bool = True
+    ) -> None:
+        """Folds `bn` into `conv`, or keeps it behind; SiLU follows unless `act` is false."""
         super().__init__()
-        self.conv = fuse_conv_bn_eval(conv.eval(), bn.eval())
+        self.conv = fuse_conv_bn_eval(conv.eval(), bn.eval()) if fold_bn else conv
+        self.bn = None if fold_bn else bn
         self.act = act
 
     def forward(
         self, x: Float[Tensor, "batch in_ height width"]
     ) -> Float[Tensor, "batch out height2 width2"]:
         """SiLU(conv(x))."""
-        y = self.conv(x)
+        y = self.conv(x) if self.bn is None else self.bn(self.conv(x))
         return F.silu(y, inplace=True) if self.act else y
 
 
@@ -435,21 +445,23 @@ class DSDepthwiseSeparable(nn.Module):
         y = self.gate.masked(F.silu(self.bn1.masked(y, gate, in_widths)), mask)
         return self.masked_pointwise(y, gate, out_widths)
 
-    def materialize(self, in_: int, out: int) -> nn.Sequential:
-        """The plain block of one pair of widths, batch norms folded."""
+    def materialize(self, in_: int, out: int, fold_bn: bool = True) -> nn.Sequential:
+        """The plain block of one pair of widths."""
         return nn.Sequential(
-            self.materialize_depthwise(in_),
+            self.materialize_depthwise(in_, fold_bn),
             self.gate.materialize(in_),
-            self.materialize_pointwise(in_, out),
+            self.materialize_pointwise(in_, out, fold_bn),
         )
 
-    def materialize_depthwise(self, in_: int) -> ConvAct:
+    def materialize_depthwise(self, in_: int, fold_bn: bool = True) -> ConvAct:
         """`depthwise` at one width."""
-        return ConvAct(self.conv_dw.materialize(in_), self.bn1.materialize(in_))
+        conv, bn = self.conv_dw.materialize(in_), self.bn1.materialize(in_)
+        return ConvAct(conv, bn, fold_bn=fold_bn)
 
-    def materialize_pointwise(self, in_: int, out: int) -> ConvAct:
+    def materialize_pointwise(self, in_: int, out: int, fold_bn: bool = True) -> ConvAct:
         """`pointwise` at one pair of widths."""
-        return ConvAct(self.conv_pw.materialize(in_, out), self.bn2.materialize(out))
+        conv, bn = self.conv_pw.materialize(in_, out), self.bn2.materialize(out)
+        return ConvAct(conv, bn, fold_bn=fold_bn)
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:

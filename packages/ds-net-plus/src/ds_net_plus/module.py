@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from tenfold.checkpoint import ema_decay
+from tenfold.checkpoint import compare_keys, ema_decay
 from tenfold.errors import UserError
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from ds_net_plus.checkpoint import META, load_net, net_metadata
 from ds_net_plus.data import Batch
 from ds_net_plus.losses import GateLoss
 from ds_net_plus.model import (
@@ -36,7 +37,6 @@ from ds_net_plus.steps import (
 
 log = logging.getLogger(__name__)
 
-META = "ds_net_plus"
 COLLAPSE_SHARE = 0.99
 
 
@@ -143,11 +143,6 @@ class NetModule(LightningModule):
             self.net.load_gate_state(checkpoint[META]["gate"])
 
 
-def net_metadata(net: DynamicNet) -> dict[str, Any]:
-    """What a checkpoint says of its network besides the weights."""
-    return {"arch": net.name, "config": net.config, "gate": net.gate_state()}
-
-
 def parse_route(net: DynamicNet, route: str | int) -> int | str | None:
     """A command-line route: None for "dynamic", "largest", or an index.
 
@@ -176,6 +171,21 @@ def learning_rate_factor(
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t / span))
 
 
+def start_from(net: DynamicNet, path: str) -> None:
+    """Loads the weights of another supernet of the same widths, a fitting classifier included.
+
+    Raises:
+        UserError: anything but the classifier differs.
+    """
+    state = load_net(path).state_dict()
+    keys = compare_keys(state, net.state_dict())
+    others = [k for k, *_ in keys.mismatched if not k.startswith("classifier.")]
+    if keys.missing or keys.unexpected or others:
+        raise UserError(f"the checkpoint is of another network: {keys.summary()}", where=path)
+    fresh = {k: v for k, v in net.state_dict().items() if k.startswith("classifier.")}
+    net.load_state_dict({**state, **fresh} if keys.mismatched else state)
+
+
 class SupernetModule(NetModule):
     """Stage I: sandwich rule with distillation, and the moving average that teaches."""
 
@@ -199,6 +209,7 @@ class SupernetModule(NetModule):
         ema_warmup: bool = True,
         weights: str = "ema",
         check_ranks: bool = False,
+        init_from: str | None = None,
         seed: int = 0,
         route: str = "dynamic",
         tau: float = 0.0,
@@ -225,6 +236,7 @@ class SupernetModule(NetModule):
             ema_warmup: start with min(ema, (1 + t) / (10 + t)).
             weights: which copy validate, test and predict run: "ema" or "student".
             check_ranks: compare the sampled routes across ranks in every step.
+            init_from: a checkpoint to start from; a classifier of other size is left out.
             seed: of the sampled routes.
             route: what validate, test and predict run: "dynamic", "largest" or a route index.
             tau: price of compute in dynamic decisions.
@@ -242,6 +254,8 @@ class SupernetModule(NetModule):
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         self.automatic_optimization = False
+        if init_from is not None:
+            start_from(self.net, init_from)
         for parameter in self.net.gate_parameters():
             parameter.requires_grad_(False)
         self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
@@ -359,9 +373,7 @@ class SupernetModule(NetModule):
         features = net.front(batch.image).features
         for route in self.watched_routes():
             logits = (
-                net(batch.image, route=route)
-                if route == "largest"
-                else net.rest(features, route)
+                net(batch.image, route=route) if route == "largest" else net.rest(features, route)
             )
             metric = self.route_top1[str(route)]
             metric(logits, batch.label)
@@ -424,6 +436,7 @@ class GateModule(NetModule):
             parameter.requires_grad_(True)
         self.net.gate_score = "probability" if gate_loss == "value" else "logit"
         scale = None if scale is None else float(scale)
+        self._counts = torch.zeros(self.net.gate_outputs, dtype=torch.int64)
         self.objective = GateLoss(lambda_ce, lambda_cplx, lambda_sgs, scale, sgs_on, smoothing)
 
     def train(self, mode: bool = True) -> "GateModule":
@@ -447,10 +460,6 @@ class GateModule(NetModule):
     def on_train_start(self) -> None:
         """From here on the gate counts as trained."""
         self.net.gate_trained = True
-
-    def on_train_epoch_start(self) -> None:
-        """Counts the epoch's sampled routes, to notice a collapse."""
-        self._counts = torch.zeros(self.net.gate_outputs, dtype=torch.int64)
 
     def training_step(self, batch: Batch | GateBatch, batch_idx: int) -> Tensor:
         """Stage-II loss of one batch, from the images or from the cache."""
@@ -494,6 +503,7 @@ class GateModule(NetModule):
                 list(self.net.routing_space),
                 self._counts.tolist(),
             )
+        self._counts.zero_()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Top-1 and mean MAdds of the gate's choices."""

@@ -17,10 +17,10 @@ def recalibrate(
 ) -> int:
     """Replaces all running statistics by their mean over `images`.
 
-    Every batch runs the front once, then the rest of each route, so that a set that many routes
-    share is counted once. The t-th batch has weight 1/t. The wide front of mode "largest" is
-    measured too; behind it, mode "largest" uses the sets of the widest route. Means are averaged
-    over ranks.
+    Every batch runs the front once, then the rest of each route, then mode "largest"; a set that
+    several of these share counts the first only. So the wide front has its own statistics, and
+    behind it mode "largest" uses those of the widest route. The t-th batch has weight 1/t; means
+    are averaged over ranks.
 
     Args:
         net: left in the mode it had.
@@ -36,6 +36,11 @@ def recalibrate(
     norms = [layer for layer in net.modules() if isinstance(layer, SwitchableBN)]
     sets: list[torch.nn.BatchNorm2d] = [bn for layer in norms for bn in layer.aux_bn]  # pyright: ignore[reportAssignmentType]
     momenta = [bn.momentum for bn in sets]
+
+    def visited(layer: SwitchableBN, args: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.statistics(args[0].shape[1]).momentum = 0.0
+
+    hooks = [layer.register_forward_hook(visited) for layer in norms]  # pyright: ignore[reportArgumentType]
     training, count = net.training, 0
     net.train()
     try:
@@ -43,12 +48,14 @@ def recalibrate(
             count += 1
             for bn in sets:
                 bn.momentum = 1.0 / count
-            net.front(batch, largest=True)
             features = net.front(batch).features
             for route in range(net.num_routes) if routes is None else routes:
                 net.rest(features, route)
+            net(batch, route="largest")
     finally:
         net.train(training)
+        for hook in hooks:
+            hook.remove()
         for bn, momentum in zip(sets, momenta, strict=True):
             bn.momentum = momentum
     if count == 0:

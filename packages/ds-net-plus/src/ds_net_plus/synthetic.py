@@ -145,7 +145,9 @@ def alphabet() -> Float[Tensor, "70 4 2 2"]:
     generator = torch.Generator().manual_seed(_ALPHABET_SEED)
     chosen: list[frozenset[int]] = []
     while len(chosen) < NUM_CLASSES * GLYPHS_PER_CLASS:
-        candidate = frozenset(torch.randperm(len(segments), generator=generator)[:SEGMENTS].tolist())
+        candidate = frozenset(
+            torch.randperm(len(segments), generator=generator)[:SEGMENTS].tolist()
+        )
         if all(len(candidate & other) <= 2 for other in chosen):
             chosen.append(candidate)
     return torch.tensor([[segments[i] for i in sorted(glyph)] for glyph in chosen]).double()
@@ -214,7 +216,9 @@ class GlyphMix:
             return torch.where(hard[:, None], _between(u, bounds.hard), _between(u, bounds.easy))
 
         scale, shift, rotation = draw(_SCALE), draw(_SHIFT, 2), draw(_ROTATION)
-        lattice = alphabet().to(label.device)[glyph] + draw(_JITTER, SEGMENTS * 4).view(-1, SEGMENTS, 2, 2)
+        lattice = alphabet().to(label.device)[glyph] + draw(_JITTER, SEGMENTS * 4).view(
+            -1, SEGMENTS, 2, 2
+        )
         ends = _rotate(lattice * scale[:, :, None, None], rotation) + shift[:, None, None, :]
         thickness, contrast, noise = draw(_THICKNESS), draw(_CONTRAST), draw(_NOISE)
         distractor, relative = _draw_distractor(streams)
@@ -228,7 +232,9 @@ class GlyphMix:
         A pixel's ink is clamp(thickness + 0.5 - distance to the stroke, 0, 1), the largest over the strokes.
         """
         squared = self._squared_distances(scene.ends.float())
-        nearest = torch.stack([squared[:, :SEGMENTS].amin(dim=1), squared[:, SEGMENTS]], dim=1).sqrt_()
+        nearest = torch.stack(
+            [squared[:, :SEGMENTS].amin(dim=1), squared[:, SEGMENTS]], dim=1
+        ).sqrt_()
         reach = (scene.thickness.float() + 0.5)[:, None, None, None]
         ink = (reach - nearest).clamp_(0, 1).mul_(scene.contrast.float()[:, :, None, None])
         return torch.maximum(ink[:, 0], ink[:, 1])
@@ -256,7 +262,9 @@ class GlyphMix:
 def _rotate(points: Float[Tensor, "batch n 2 2"], degrees: Float[Tensor, "batch 1"]) -> Tensor:
     angle = (degrees * (math.pi / 180))[:, :, None]
     x, y = points.unbind(dim=-1)
-    return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
+    return torch.stack(
+        [x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1
+    )
 
 
 def _draw_distractor(streams: _Streams) -> tuple[Tensor, Tensor]:
@@ -270,9 +278,7 @@ def _draw_distractor(streams: _Streams) -> tuple[Tensor, Tensor]:
     return stroke, _between(relative, _DISTRACTOR_CONTRAST)[:, None]
 
 
-def glyph_mix(
-    count: int, seed: int, size: int = _REFERENCE_SIZE, progress: bool = False
-) -> Glyphs:
+def glyph_mix(count: int, seed: int, size: int = _REFERENCE_SIZE, progress: bool = False) -> Glyphs:
     """The first `count` images of a split.
 
     Args:

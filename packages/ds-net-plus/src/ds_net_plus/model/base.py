@@ -113,20 +113,23 @@ class DynamicNet(nn.Module):
         """Parameters that one route uses, the slimming head not counted."""
         raise NotImplementedError
 
-    def materialize_front(self, largest: bool = False) -> nn.Module:
+    def materialize_front(self, largest: bool = False, fold_bn: bool = True) -> nn.Module:
         """Plain module of the front: image -> (features, gate logits)."""
         raise NotImplementedError
 
-    def materialize_rest(self, route: RouteLike) -> nn.Module:
+    def materialize_rest(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
         """Plain module of what follows the front on one route: features -> class logits."""
         raise NotImplementedError
 
-    def materialize(self, route: RouteLike) -> nn.Module:
-        """The whole sub-network as a plain module, image -> class logits, norms folded."""
-        route = self.check_route(route)
-        return PlainRoute(
-            self.materialize_front(largest=route == LARGEST), self.materialize_rest(route)
-        ).eval()
+    def materialize(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
+        """The whole sub-network as a plain module: image -> class logits.
+
+        Args:
+            route: a route index or "largest".
+            fold_bn: fold the batch norms into the convolutions; else they stay layers.
+        """
+        front = self.materialize_front(self.check_route(route) == LARGEST, fold_bn)
+        return PlainRoute(front, self.materialize_rest(route, fold_bn)).eval()
 
     @property
     def routes(self) -> list[Route]:

@@ -59,9 +59,10 @@ class ConvBlock(nn.Module):
         y = F.silu(self.bn.masked(y, gate, widths))
         return x + y if self.residual else y
 
-    def materialize(self, in_: int, out: int) -> nn.Module:
+    def materialize(self, in_: int, out: int, fold_bn: bool = True) -> nn.Module:
         """The plain block of one pair of widths."""
-        block = ConvAct(self.conv.materialize(in_, out), self.bn.materialize(out))
+        conv, bn = self.conv.materialize(in_, out), self.bn.materialize(out)
+        block = ConvAct(conv, bn, fold_bn=fold_bn)
         return PlainResidual(block) if self.residual else block
 
 
@@ -175,9 +176,7 @@ class DSConvNet(DynamicNet):
             for block in stage  # pyright: ignore[reportGeneralTypeIssues]
         ]
 
-    def front(
-        self, x: Float[Tensor, "batch colours height width"], largest: bool = False
-    ) -> Front:
+    def front(self, x: Float[Tensor, "batch colours height width"], largest: bool = False) -> Front:
         """The front's convolutions and the moments of their output."""
         for block in self.stem:
             x = block(x, block.conv.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
@@ -243,21 +242,21 @@ class DSConvNet(DynamicNet):
             channels = width
         return total + (channels + 1) * self.num_classes
 
-    def materialize_front(self, largest: bool = False) -> nn.Module:
+    def materialize_front(self, largest: bool = False, fold_bn: bool = True) -> nn.Module:
         """Plain front and gate: image -> (features, gate logits)."""
         layers, channels = [], self.in_channels
         for block in self.stem:
             width = block.conv.out_channels  # pyright: ignore[reportAttributeAccessIssue]
-            layers.append(block.materialize(channels, width))  # pyright: ignore[reportCallIssue]
+            layers.append(block.materialize(channels, width, fold_bn))  # pyright: ignore[reportCallIssue]
             channels = width
         return PlainFront(nn.Sequential(*layers), _copy(self.gate)).eval()
 
-    def materialize_rest(self, route: RouteLike) -> nn.Module:
+    def materialize_rest(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
         """Plain stages, pool and classifier: features -> class logits."""
         channels = self.stem[-1].conv.out_channels  # pyright: ignore[reportAttributeAccessIssue]
         layers: list[nn.Module] = []
         for block, width in self._blocks(self.check_route(route)):
-            layers.append(block.materialize(channels, width))  # pyright: ignore[reportArgumentType]
+            layers.append(block.materialize(channels, width, fold_bn))  # pyright: ignore[reportArgumentType]
             channels = width
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.materialize(channels)]  # pyright: ignore[reportArgumentType]
         return nn.Sequential(*layers).eval()

@@ -172,9 +172,7 @@ class DSMobileNet(DynamicNet):
         ]
         return blocks[1:]
 
-    def front(
-        self, x: Float[Tensor, "batch colours height width"], largest: bool = False
-    ) -> Front:
+    def front(self, x: Float[Tensor, "batch colours height width"], largest: bool = False) -> Front:
         """Stem, stages before the gate, and the gate block up to its attention."""
         widths = self._widths(LARGEST if largest else 0)
         x = F.silu(self.bn1(self.conv_stem(x, widths[0])))
@@ -258,31 +256,32 @@ class DSMobileNet(DynamicNet):
                 channels = out
         return total + (channels + 1) * self.num_classes
 
-    def materialize_front(self, largest: bool = False) -> nn.Module:
+    def materialize_front(self, largest: bool = False, fold_bn: bool = True) -> nn.Module:
         """Plain stem, blocks and gate: image -> (features, gate logits)."""
         widths = self._widths(LARGEST if largest else 0)
         stem = ConvAct(
             self.conv_stem.materialize(self.in_channels, widths[0]),
             self.bn1.materialize(widths[0]),
+            fold_bn=fold_bn,
         )
         layers: list[nn.Module] = [stem]
         channels = widths[0]
         for s, block in self._front_blocks():
-            layers.append(block.materialize(channels, widths[s + 1]))
+            layers.append(block.materialize(channels, widths[s + 1], fold_bn))
             channels = widths[s + 1]
-        layers.append(self._gate_block.materialize_depthwise(channels))
+        layers.append(self._gate_block.materialize_depthwise(channels, fold_bn))
         layers.append(self._gate_block.gate.materialize(channels, slimming=True))
         return nn.Sequential(*layers).eval()
 
-    def materialize_rest(self, route: RouteLike) -> nn.Module:
+    def materialize_rest(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
         """Plain blocks after the gate, pool and classifier: features -> class logits."""
         widths = self._widths(self.check_route(route))
         channels = widths[self.gate_stage + 1]
         layers: list[nn.Module] = [
-            self._gate_block.materialize_pointwise(widths[self.gate_stage], channels)
+            self._gate_block.materialize_pointwise(widths[self.gate_stage], channels, fold_bn)
         ]
         for s, block in self._gated_blocks():
-            layers.append(block.materialize(channels, widths[s + 1]))
+            layers.append(block.materialize(channels, widths[s + 1], fold_bn))
             channels = widths[s + 1]
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.materialize(channels)]
         return nn.Sequential(*layers).eval()

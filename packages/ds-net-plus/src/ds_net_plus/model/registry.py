@@ -12,8 +12,22 @@ _QUARTERS_96 = ((24, 48, 72, 96), (48, 96, 144, 192))
 
 MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
     "ds_mbnet": (DSMobileNet, {}),
+    "ds_mbnet_cifar": (
+        DSMobileNet,
+        {"num_classes": 10, "stem_stride": 1, "strides": (1, 1, 2, 2, 2), "image_size": 32},
+    ),
     "ds_cnn_tiny": (DSConvNet, {}),
     "ds_cnn_wide": (DSConvNet, {"stage_widths": _QUARTERS_96, "image_size": 64}),
+    "ds_cnn_cifar": (
+        DSConvNet,
+        {
+            "front_widths": (16, 24),
+            "stage_widths": ((24, 48, 72, 96), (48, 96, 144, 192)),
+            "depths": (2, 2),
+            "gate_hidden": 64,
+            "in_channels": 3,
+        },
+    ),
 }
 
 

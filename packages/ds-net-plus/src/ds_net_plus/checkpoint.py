@@ -1,0 +1,261 @@
+"""This package's files: reading any kind, writing Lightning checkpoints and model folders.
+
+A file speaks for itself: it names its network, the constructor's arguments and what is known of the
+gate, so that `load_net(path)` is all that a user of it needs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from ds_net_plus.convert import convert_official
+from ds_net_plus.model import DynamicNet, create_model
+from tenfold.checkpoint import (
+    atomic_file,
+    compare_keys,
+    load_model_files,
+    load_state,
+    save_model,
+    strip_prefix,
+)
+from tenfold.errors import UserError
+
+META = "ds_net_plus"
+DATA = "datamodule_hyper_parameters"  # where Lightning keeps the data module's arguments
+STUDENT, TEACHER = "net", "teacher"
+_LIGHTNING = "pytorch-lightning_version"
+# arguments that two networks with the same weights may differ in
+_FREE = {"dropout", "image_size"}
+
+
+@dataclass
+class Saved:
+    """A checkpoint's networks, and the rest of the file they came from.
+
+    Attributes:
+        raw: the file as it was read; empty for a model folder.
+        nets: "net", the student, and where there is one "teacher", its moving average.
+        notes: lines for a person, such as which of two state dicts was read.
+    """
+
+    raw: dict[str, Any]
+    nets: dict[str, DynamicNet]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> DynamicNet:
+        """The moving average where there is one, else the student."""
+        return self.nets.get(TEACHER, self.nets[STUDENT])
+
+
+def net_metadata(net: DynamicNet) -> dict[str, Any]:
+    """What a checkpoint says of its network besides the weights."""
+    return {"arch": net.name, "config": net.config, "gate": net.gate_state()}
+
+
+def read_checkpoint(path: str | Path) -> Saved:
+    """Reads a Lightning checkpoint of either stage, a model folder, or an official .pth.tar.
+
+    Raises:
+        UserError: no such file, damaged, of another program, or weights that do not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        state, config = load_model_files(path)
+        return Saved({}, {STUDENT: _build(config, state, path)})
+    raw = load_state(path)
+    if META in raw:
+        return Saved(raw, _lightning_nets(raw, path))
+    if _LIGHTNING in raw:
+        raise UserError("a Lightning checkpoint of another program", where=str(path))
+    return _read_official(raw, path)
+
+
+def _lightning_nets(raw: Mapping[str, Any], path: Path) -> dict[str, DynamicNet]:
+    state = raw.get("state_dict") or {}
+    nets = {}
+    for name in (STUDENT, TEACHER):
+        part = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+        if part or name == STUDENT:
+            nets[name] = _build(raw[META], strip_prefix(part, f"{name}."), path)
+    return nets
+
+
+def _read_official(raw: dict[str, Any], path: Path) -> Saved:
+    """Both state dicts of an official file: the weights as student, their average as teacher."""
+    try:
+        teacher, report = convert_official(raw, "ema")
+        notes = report.lines()
+        if report.others:
+            student, _ = convert_official(raw, "model")
+            return Saved(raw, {STUDENT: student, TEACHER: teacher}, notes)
+    except UserError as error:
+        raise UserError(error.what, where=str(path), fix=error.fix) from error
+    return Saved(raw, {STUDENT: teacher}, notes)
+
+
+def _build(metadata: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> DynamicNet:
+    """The network that `net_metadata` described, with its weights, in eval mode."""
+    lacking = [key for key in ("arch", "config", "gate") if key not in metadata]
+    if lacking:
+        raise UserError(
+            f"the file does not describe a network of ds-net-plus, {', '.join(lacking)} missing",
+            where=str(path),
+        )
+    net = create_model(metadata["arch"], **metadata["config"])
+    keys = compare_keys(state, net.state_dict())
+    if not keys.fits:
+        raise UserError(
+            f"the weights do not fit the network {net.name!r} that the file describes: "
+            f"{keys.summary()}",
+            where=str(path),
+        )
+    net.load_state_dict(state)
+    try:
+        net.load_gate_state(metadata["gate"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the file's gate metadata are damaged, {error}", where=str(path)
+        ) from error
+    return net.eval()
+
+
+def load_net(path: str | Path, weights: str = "ema") -> DynamicNet:
+    """A checkpoint's network, ready to run.
+
+    Args:
+        path: anything that `read_checkpoint` takes.
+        weights: "ema" prefers the moving average, "student" takes the trained weights.
+
+    Returns:
+        The network in eval mode; dynamic inference refuses a gate that the file calls untrained.
+
+    Raises:
+        UserError: an unreadable file, or another choice of weights.
+    """
+    if weights not in ("ema", "student"):
+        raise UserError(f"weights must be 'ema' or 'student', got {weights!r}")
+    saved = read_checkpoint(path)
+    return saved.evaluated if weights == "ema" else saved.nets[STUDENT]
+
+
+def load_into(net: DynamicNet, path: str | Path, weights: str = "ema") -> DynamicNet:
+    """Loads a checkpoint of the same network into `net`, gate metadata included.
+
+    Raises:
+        UserError: the file holds another network, or a gate trained for another routing space;
+            the line lists what differs.
+    """
+    found = load_net(path, weights)
+    metadata, state = net_metadata(found), found.state_dict()
+    check_same_network(net, metadata, state, str(path))
+    if found.gate_trained and found.routing_space != net.routing_space:
+        raise UserError(
+            f"the checkpoint's gate was trained for routing space {list(found.routing_space)}, "
+            f"not {list(net.routing_space)}",
+            where=str(path),
+            fix="use the checkpoint's routing space, or run train-gate for the other one",
+        )
+    net.load_state_dict(state)
+    net.load_gate_state(metadata["gate"])
+    return net
+
+
+def check_same_network(
+    net: DynamicNet,
+    metadata: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    where: str | None = None,
+) -> None:
+    """Makes sure that a file's weights belong to `net`.
+
+    Args:
+        net: the network to load into.
+        metadata: what `net_metadata` wrote into the file.
+        state: the file's weights under the network's own keys.
+        where: the file, for the message.
+
+    Raises:
+        UserError: another architecture, other arguments, or keys that do not fit; the line lists
+            the fields that differ and counts the keys.
+    """
+    here, there = dict(net.config), dict(metadata["config"])
+    if type(create_model(metadata["arch"])) is not type(net):
+        here, there = {"arch": net.name}, {"arch": metadata["arch"]}
+    fields = [
+        f"{key} {there.get(key)} instead of {here.get(key)}"
+        for key in dict.fromkeys([*here, *there])
+        if key not in _FREE and there.get(key) != here.get(key)
+    ]
+    keys = compare_keys(state, net.state_dict())
+    if not fields and keys.fits:
+        return
+    raise UserError(
+        f"the checkpoint holds another network: {'; '.join([*fields, keys.summary()])}",
+        where=where,
+        fix="build the network with the checkpoint's arguments",
+    )
+
+
+def write_checkpoint(path: str | Path, saved: Saved) -> None:
+    """Writes a file that our Lightning modules and the trainer's `ckpt_path` take, atomically.
+
+    With a teacher it is one of `SupernetModule`, without one of `GateModule`. Gate metadata are
+    those of `saved.evaluated`. Where `saved` came from a Lightning file, everything else in it
+    (optimizer, loops, callbacks) stays as it was.
+
+    Args:
+        path: its folder is made if need be.
+        saved: networks to write.
+    """
+    path = Path(path)
+    raw = dict(saved.raw) if META in saved.raw else _fresh_file()
+    metadata = net_metadata(saved.evaluated)
+    others = {
+        key: value
+        for key, value in raw.get("state_dict", {}).items()
+        if key.partition(".")[0] not in (STUDENT, TEACHER)
+    }
+    weights = {
+        f"{name}.{key}": value.detach().cpu()
+        for name, net in saved.nets.items()
+        for key, value in net.state_dict().items()
+    }
+    raw["state_dict"] = {**weights, **others}
+    raw["hyper_parameters"] = {
+        **raw.get("hyper_parameters", {}),
+        "arch": metadata["arch"],
+        "net": metadata["config"],
+    }
+    raw[META] = metadata
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        torch.save(raw, file)
+
+
+def _fresh_file() -> dict[str, Any]:
+    return {"epoch": 0, "global_step": 0, _LIGHTNING: lightning.__version__}
+
+
+def save_net(folder: str | Path, net: DynamicNet) -> None:
+    """Writes a model folder: model.safetensors, and config.json with `net_metadata`."""
+    save_model(folder, net.state_dict(), net_metadata(net))
+
+
+def save_pretrained(net: DynamicNet, folder: str | Path) -> None:
+    """Writes a model folder, under the name that the ecosystem uses."""
+    save_net(folder, net)
+
+
+def from_pretrained(folder: str | Path) -> DynamicNet:
+    """Reads a model folder.
+
+    Raises:
+        UserError: one of its two files is missing or damaged.
+    """
+    return load_net(folder)

@@ -1,0 +1,61 @@
+"""What several commands need: a checkpoint's network and its data."""
+
+from pathlib import Path
+from typing import Any
+
+from tenfold.device import pick_device
+from tenfold.errors import UserError
+
+from ds_net_plus.checkpoint import DATA, Saved, read_checkpoint
+from ds_net_plus.data import ImageData
+from ds_net_plus.model import DynamicNet
+
+
+def open_network(ckpt: Path, weights: str, device: str = "cpu") -> tuple[Saved, DynamicNet]:
+    """A checkpoint and the copy of its network that `weights` names, on the device.
+
+    Raises:
+        UserError: no such file, copy or device.
+    """
+    if weights not in ("ema", "student"):
+        raise UserError(f"weights must be 'ema' or 'student', got {weights!r}")
+    saved = read_checkpoint(ckpt)
+    net = saved.evaluated if weights == "ema" else saved.nets["net"]
+    return saved, net.to(pick_device(device)).eval()
+
+
+def open_data(saved: Saved, changes: dict[str, Any] | None) -> ImageData:
+    """The data that the checkpoint was trained on, with some arguments changed.
+
+    Raises:
+        UserError: an argument that `ImageData` does not have, or unusable data.
+    """
+    arguments = dict(saved.raw.get(DATA, {})) | (changes or {})
+    arguments = {k: v for k, v in arguments.items() if not k.startswith("_")}
+    try:
+        data = ImageData(**arguments)
+    except TypeError as error:
+        raise UserError(str(error).replace("ImageData.__init__() ", ""), where="--data") from error
+    data.setup()
+    return data
+
+
+def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
+    """Comma-separated numbers, "0,4,8,13".
+
+    Raises:
+        UserError: anything else.
+    """
+    try:
+        return [kind(part) for part in text.strip("[]").split(",")]
+    except ValueError:
+        raise UserError(
+            f"{option} must be numbers with commas between them, got {text!r}"
+        ) from None
+
+
+def beside(ckpt: Path, suffix: str) -> Path:
+    """A new checkpoint's default place: last.ckpt -> last-gate.ckpt in the same folder."""
+    folder = ckpt if ckpt.is_dir() else ckpt.parent
+    stem = ckpt.name.removesuffix(".tar").removesuffix(".pth").removesuffix(".ckpt")
+    return folder / f"{stem}-{suffix}.ckpt"

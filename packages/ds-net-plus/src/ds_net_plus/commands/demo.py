@@ -1,0 +1,228 @@
+"""demo: both stages on the embedded task, the comparison, the clock and the pictures."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from tenfold.device import time_interleaved
+from tenfold.errors import UserError
+
+from ds_net_plus import report
+from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
+from ds_net_plus.commands.stages import budget_table, gate_file
+from ds_net_plus.data import ImageData
+from ds_net_plus.evaluate import (
+    Point,
+    RouteTable,
+    collect,
+    gain_at_equal_madds,
+    point_at,
+    saving_at_equal_accuracy,
+)
+from ds_net_plus.measure import fast, profile_routes
+from ds_net_plus.model import DynamicNet, choose_routes
+from ds_net_plus.module import SupernetModule
+from ds_net_plus.runner import DynamicRunner
+from ds_net_plus.train import CachedRoutes, cache_routes, train_gate, train_supernet
+
+BATCH = 32
+
+
+class Trained(NamedTuple):
+    """A network with its gate, and its answers on the test images."""
+
+    net: DynamicNet
+    data: ImageData
+    table: RouteTable
+    points: list[Point]
+
+
+def demo(
+    *,
+    out: Path = Path("ds-net-plus-demo"),
+    recipe: str = "demo",
+    seed: int = 0,
+    epochs: int | None = None,
+    gate_steps: int = 800,
+) -> None:
+    """Train a dynamic network on the embedded task and compare it with its own static routes.
+
+    An interrupted demo goes on when it is started again; a finished one only draws again.
+
+    Args:
+        out: folder for checkpoints, tables and pictures.
+        recipe: packaged recipe of Stage I, see ds-net-plus recipes.
+        seed: of training; the data are the same for every seed.
+        epochs: of Stage I, those of the recipe if left out.
+        gate_steps: steps of Stage II.
+    """
+    trained = train_both(recipe, out, seed=seed, epochs=epochs, gate_steps=gate_steps)
+    latency = measure_latency(trained)
+    rows = report.comparison_rows(trained.table, trained.points, latency)
+    print(report.comparison_table(rows))
+    best = report.headline_point(trained.table, trained.points)
+    print(headline(trained, latency, best))
+    pictures = report.save_all(draw(trained, latency, best, out), out)
+    summary = summarise(trained, latency, best)
+    (out / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print("pictures: " + ", ".join(str(path) for path in pictures))
+
+
+def recipe_parts(name: str) -> dict[str, Any]:
+    """A packaged recipe as a dict: model and data arguments, trainer settings.
+
+    Raises:
+        UserError: no such recipe.
+    """
+    folder = resources.files("ds_net_plus") / "recipes"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
+        raise UserError(f"no recipe is called {name!r}", fix=f"choose from {', '.join(known)}")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def train_both(
+    recipe: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    epochs: int | None = None,
+    gate_steps: int = 800,
+    progress: bool = True,
+    **model: Any,
+) -> Trained:
+    """Stage I, recalibration, Stage II with the value gate, and the test images' answers.
+
+    Args:
+        recipe: packaged recipe of Stage I.
+        out: folder of the run; what is finished there is not done again.
+        seed: of training.
+        epochs: of Stage I, those of the recipe where None.
+        gate_steps: steps of Stage II.
+        progress: show it.
+        **model: changes to the recipe's model arguments.
+    """
+    parts = recipe_parts(recipe)
+    arguments = parts["model"]["init_args"] | model | {"seed": seed}
+    data = ImageData(**parts["data"]["init_args"] | {"seed": seed})
+    data.setup()
+    torch.manual_seed(seed)
+    module = train_supernet(
+        SupernetModule(**arguments),
+        data,
+        out / "stage1",
+        epochs=epochs or parts["trainer"]["max_epochs"],
+        progress=progress,
+    )
+    supernet = module.evaluated().cpu()
+    seen = cache_routes(supernet, data.gate_loader(), "running every route", progress)
+    gated = train_gate(
+        supernet,
+        CachedRoutes(seen, 256, seed),
+        out / "stage2",
+        steps=gate_steps,
+        seed=seed,
+        progress=progress,
+    )
+    net = gated.net.cpu().eval()
+    net.gate_trained = True
+    net.budgets = budget_table(collect(net, data.calibration_loader()))
+    write_checkpoint(out / "gate.ckpt", Saved(gate_file({DATA: dict(data.hparams)}), {STUDENT: net}))
+    table = collect(net, data.test_loader())
+    points = [point_at(table, tau) for tau, _ in sorted(net.budgets, reverse=True)]
+    return Trained(net, data, table, points)
+
+
+def measure_latency(trained: Trained, batches: int = 8, repeats: int = 15) -> report.Latency:
+    """Milliseconds per image of every static route and dynamic point on real test images.
+
+    All are timed in turn in one run on the same batches.
+    """
+    net = trained.net
+    images = next(iter(trained.data.test_loader())).image[: batches * BATCH]
+    groups = images.contiguous(memory_format=torch.channels_last).split(BATCH)
+    runs: dict[str, Any] = {
+        f"route {k}": fast(net.materialize(k)) for k in net.routing_space
+    } | {
+        f"point {i}": DynamicRunner(net, tau=point.tau) for i, point in enumerate(trained.points)
+    }
+
+    def loop(run: Any) -> Any:
+        return lambda: [run(group) for group in groups]
+
+    with torch.inference_mode():
+        timings = time_interleaved(
+            {name: loop(run) for name, run in runs.items()}, warmup=3, repeats=repeats
+        )
+    ms = {name: timing.median_ms / len(images) for name, timing in timings.items()}
+    return report.Latency(
+        [ms[f"route {k}"] for k in net.routing_space],
+        [ms[f"point {i}"] for i in range(len(trained.points))],
+        f"batch {BATCH}, {torch.get_num_threads()} threads",
+    )
+
+
+def headline(trained: Trained, latency: report.Latency, best: int) -> str:
+    """The result in a sentence."""
+    point, table = trained.points[best], trained.table
+    loss = 100 * (point.top1 - table.static_top1()[-1])
+    ratio = latency.points[best] / latency.static[-1]
+    return (
+        f"The gate spends {point.madds / table.madds[-1]:.2f} of the widest route's MAdds and "
+        f"{ratio:.2f} of its time, at {loss:+.2f} points of accuracy: "
+        f"{100 * gain_at_equal_madds(point, table):+.2f} points over the static routes at equal "
+        f"MAdds."
+    )
+
+
+def draw(trained: Trained, latency: report.Latency, best: int, out: Path) -> dict[str, Figure]:
+    """All pictures of a run."""
+    net, data, table, points = trained
+    choice = choose_routes(table.scores, table.madds, points[best].tau)
+    images = next(iter(data.test_loader())).image
+    first = choice[: len(images)]
+    look: dict[str, Any] = {"mean": data.mean, "std": data.std}
+    rows = profile_routes(net, batches=(1, BATCH), repeats=15)
+    return {
+        "tradeoff": report.tradeoff(table, points, latency, chosen=best),
+        "gallery": report.gallery(images, first, table.madds, **look),
+        "easy-and-hard": report.cheapest_against_widest(images, first, table.madds, **look),
+        "routes": report.route_histogram(points[best], madds=table.madds),
+        "classes": report.class_routes(table, choice, data.class_names),
+        "confusion": report.gate_confusion(table, choice, report.cheapest_correct(table)),
+        "training": report.training_curves(out / "stage1" / "metrics.csv"),
+        "speedup": report.speedup_bars(rows),
+    }
+
+
+def summarise(trained: Trained, latency: report.Latency, best: int) -> dict[str, Any]:
+    """The figures of a run as plain values."""
+    table, points = trained.table, trained.points
+    curve = table.static_top1()
+    return {
+        "static": [
+            {"route": k, "top1": curve[j], "madds": table.madds[j], "ms": latency.static[j]}
+            for j, k in enumerate(trained.net.routing_space)
+        ],
+        "dynamic": [
+            {
+                "tau": p.tau,
+                "top1": p.top1,
+                "madds": p.madds,
+                "madds_ratio": p.madds / table.madds[-1],
+                "ms": ms,
+                "time_ratio": ms / latency.static[-1],
+                "gain": gain_at_equal_madds(p, table),
+                "saving": saving_at_equal_accuracy(p, table),
+                "shares": p.shares,
+            }
+            for p, ms in zip(points, latency.points, strict=True)
+        ],
+        "headline": best,
+        "timing": latency.setting,
+    }

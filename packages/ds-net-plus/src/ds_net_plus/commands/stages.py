@@ -1,0 +1,265 @@
+"""recalibrate, train-gate and calibrate-budget: from a supernet to a network with a dial."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+from tenfold.errors import UserError
+from tenfold.plotting import save
+
+from ds_net_plus import recalibrate as statistics
+from ds_net_plus.checkpoint import DATA, META, STUDENT, Saved, write_checkpoint
+from ds_net_plus.commands.common import beside, open_data, open_network, parse_numbers
+from ds_net_plus.evaluate import (
+    RouteTable,
+    calibrate_tau,
+    collect,
+    gain_at_equal_madds,
+    point_at,
+)
+from ds_net_plus.losses import sgs_targets
+from ds_net_plus.measure import profile_routes
+from ds_net_plus.model import DynamicNet, check_statistics, choose_routes
+from ds_net_plus.report import comparison_rows, comparison_table, gate_confusion
+from ds_net_plus.train import CachedRoutes, cache_routes, train_gate as run_stage2
+from ds_net_plus.train import training_images, with_space
+
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+def recalibrate(
+    *,
+    ckpt: Path,
+    out: Path | None = None,
+    batches: int = 200,
+    routes: str | None = None,
+    data: dict[str, Any] | None = None,
+    device: str = "auto",
+) -> None:
+    """Measure the batch-norm statistics of every route anew.
+
+    Args:
+        ckpt: a Stage-I checkpoint, or a converted one.
+        out: where to write the checkpoint; beside the old one if left out.
+        batches: training batches to average over.
+        routes: routes to measure, such as 0,4,8,13; all if left out.
+        data: changes to the data of the checkpoint, such as --data.root DIR.
+        device: auto, cpu, cuda or mps.
+    """
+    saved, _ = open_network(ckpt, "ema", device)
+    source = open_data(saved, data)
+    chosen = None if routes is None else parse_numbers(routes, int, "--routes")
+    for name, net in saved.nets.items():
+        for route in chosen or []:
+            net.check_route(route)
+        place = next(net.parameters()).device
+        images = (x.to(place) for x in training_images(source, batches))
+        used = statistics.recalibrate(net, images, chosen)
+        print(f"{name}: {net.num_routes if chosen is None else len(chosen)} routes, {used} batches")
+    print(f"wrote {write(out or beside(ckpt, 'recalibrated'), saved)}")
+
+
+def train_gate(
+    *,
+    ckpt: Path,
+    out: Path | None = None,
+    routing_space: str | None = None,
+    gate_loss: str = "value",
+    sgs: str = "try_best",
+    sgs_on: str = "logits",
+    estimator: str = "mixture",
+    lambda_ce: float = 1.0,
+    lambda_cplx: float = 0.5,
+    lambda_sgs: float = 1.0,
+    scale: float | None = None,
+    optimizer: str = "adam",
+    lr: float = 1e-2,
+    weight_decay: float = 0.0,
+    steps: int = 800,
+    batch_size: int = 256,
+    cache: bool = True,
+    gate_split: float | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    data: dict[str, Any] | None = None,
+    device: str = "auto",
+) -> None:
+    """Train the gate of a supernet (Stage II), then measure what it is worth.
+
+    An interrupted run goes on when the same command is given again.
+
+    Args:
+        ckpt: a Stage-I checkpoint, or a converted one.
+        out: where to write the checkpoint; beside the supernet's if left out.
+        routing_space: routes to choose from, such as 0,4,8,13; the network's own if left out.
+        gate_loss: "value" (one gate serves every budget) or "sgs" (the paper's loss).
+        sgs: difficulty labels of the paper's loss: try_best, give_up, ladder or none.
+        sgs_on: logits, or probs as in the official program.
+        estimator: gradient of the paper's loss: mixture, or mask (official, not cached).
+        lambda_ce: weight of the classification loss.
+        lambda_cplx: weight of the complexity term.
+        lambda_sgs: weight of the difficulty labels.
+        scale: MAdds that count as 1 in the complexity term (official: 1e9).
+        optimizer: adam, or sgd as in the official program.
+        lr: peak learning rate.
+        weight_decay: on the gate (official: 0.01).
+        steps: training steps.
+        batch_size: images in a step.
+        cache: run every route once on unaugmented images and train from memory.
+        gate_split: share of the training images kept for the gate; as in Stage I if left out.
+        weights: the copy of the supernet to route, ema or student.
+        seed: of initialisation, order and noise.
+        data: changes to the data of the checkpoint, such as --data.root DIR.
+        device: auto, cpu, cuda or mps.
+    """
+    saved, net = open_network(ckpt, weights, device)
+    changes = dict(data or {}) | ({} if gate_split is None else {"gate_split": gate_split})
+    source = open_data(saved, changes)
+    if routing_space is not None:
+        net = with_space(net, parse_numbers(routing_space, int, "--routing-space")).to(
+            next(net.parameters()).device
+        )
+    check_statistics(net, net.routing_space)
+    out = out or beside(ckpt, "gate")
+    table = None
+    if cache and estimator == "mask" and gate_loss == "sgs":
+        raise UserError(
+            "the mask estimator runs the network in every step", fix="add --cache false"
+        )
+    if cache:
+        table = cache_routes(net, source.gate_loader(), "running every route once", progress=True)
+    module = run_stage2(
+        net,
+        source if table is None else CachedRoutes(table, batch_size, seed),
+        out.with_suffix(""),
+        steps=steps,
+        seed=seed,
+        accelerator=net_accelerator(net),
+        gate_loss=gate_loss,
+        sgs=sgs,
+        sgs_on=sgs_on,
+        estimator=estimator,
+        lambda_ce=lambda_ce,
+        lambda_cplx=lambda_cplx,
+        lambda_sgs=lambda_sgs,
+        scale=scale,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+    finish_gate(saved, module.net.to(next(net.parameters()).device), source, table, out, sgs)
+
+
+def finish_gate(
+    saved: Saved,
+    net: DynamicNet,
+    source: Any,
+    table: RouteTable | None,
+    out: Path,
+    sgs: str,
+) -> None:
+    """Writes the gate's checkpoint with its budget table, prints and draws the gate report."""
+    held = collect(net, source.calibration_loader())
+    net.budgets = budget_table(held)
+    test = collect(net, source.test_loader())
+    points = [point_at(test, 0.0)] + [point_at(test, tau) for tau, _ in net.budgets]
+    space = net.routing_space
+    print(comparison_table(comparison_rows(test, points, routes=space), routes=space))
+    choice = choose_routes(test.scores, test.madds, 0.0)
+    targets = sgs_targets(test.correct, "ladder" if sgs == "none" else sgs)
+    picture = save(gate_confusion(test, choice, targets, routes=space, target=f"label of {sgs}"), out.with_suffix(".confusion.png"))
+    gated = Saved(gate_file(saved.raw), {STUDENT: net})
+    print(f"wrote {write(out, gated)} and {picture}")
+
+
+def gate_file(raw: dict[str, Any]) -> dict[str, Any]:
+    """The beginnings of a Stage-II checkpoint that keeps the data of its Stage-I file."""
+    return {
+        META: {},
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "hyper_parameters": {"_class_path": "ds_net_plus.module.GateModule"},
+        DATA: raw.get(DATA, {}),
+    }
+
+
+def budget_table(
+    table: RouteTable, shares: tuple[float, ...] = SHARES
+) -> list[tuple[float, float]]:
+    """(tau, mean MAdds) for shares of the widest route's cost, as far as they are feasible."""
+    targets = [s * table.madds[-1] for s in shares if s * table.madds[-1] >= table.madds[0]]
+    taus = [calibrate_tau(table.scores, table.madds, target) for target in targets]
+    return [(tau, point_at(table, tau).madds) for tau in taus]
+
+
+def calibrate_budget(
+    *,
+    ckpt: Path,
+    target_madds: float | None = None,
+    target_ms: float | None = None,
+    target_saving: float | None = None,
+    batch: int = 32,
+    out: Path | None = None,
+    weights: str = "ema",
+    data: dict[str, Any] | None = None,
+    device: str = "auto",
+) -> None:
+    """Find the tau that meets a budget, and store it in the checkpoint for --budget.
+
+    Args:
+        ckpt: a checkpoint with a trained gate.
+        target_madds: mean multiply-adds of an image.
+        target_ms: mean milliseconds of an image, of routes timed now at the given batch size.
+        target_saving: how many times fewer multiply-adds than the widest route, such as 2.
+        batch: batch size for target_ms.
+        out: where to write the checkpoint; over the old one if left out.
+        weights: the copy of the network, ema or student.
+        data: changes to the data of the checkpoint, such as --data.root DIR.
+        device: auto, cpu, cuda or mps.
+    """
+    given = [v for v in (target_madds, target_ms, target_saving) if v is not None]
+    if len(given) != 1 or given[0] <= 0:
+        raise UserError("give one of --target-madds, --target-ms and --target-saving, above 0")
+    saved, net = open_network(ckpt, weights, device)
+    net.check_gate()
+    table = collect(net, open_data(saved, data).calibration_loader())
+    costs: list[float] = list(table.madds)
+    target = target_madds if target_saving is None else costs[-1] / target_saving
+    if target_ms is not None:
+        rows = profile_routes(net, batches=[batch])
+        costs, target = [row.ms[batch] for row in rows], target_ms
+    assert target is not None
+    tau = calibrate_tau(table.scores, table.madds, target, costs)
+    point = point_at(table, tau)
+    net.budgets = sorted({*net.budgets, *budget_table(table), (tau, point.madds)})
+    print(
+        json.dumps(
+            {
+                "tau": tau,
+                "mean_madds": point.madds,
+                "top1": point.top1,
+                "static_top1": table.static_top1(),
+                "gain_at_equal_madds": gain_at_equal_madds(point, table),
+                "budgets": net.budgets,
+            }
+        )
+    )
+    print(f"wrote {write(out or ckpt, saved)}")
+
+
+def net_accelerator(net: DynamicNet) -> str:
+    """Lightning's name for the device of a network."""
+    return {"cuda": "gpu"}.get(
+        next(net.parameters()).device.type, next(net.parameters()).device.type
+    )
+
+
+def write(out: Path, saved: Saved) -> Path:
+    """Writes the checkpoint with its networks on the CPU."""
+    for net in saved.nets.values():
+        net.cpu()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(out, saved)
+    return out

@@ -1,0 +1,7 @@
+"""Images: the paper's data sets from disk, one's own, and the generated default."""
+
+from ds_net_plus.data.module import Batch, ImageData
+from ds_net_plus.data.readers import SOURCES, Split
+from ds_net_plus.data.writers import write_cifar10, write_parquet
+
+__all__ = ["SOURCES", "Batch", "ImageData", "Split", "write_cifar10", "write_parquet"]

@@ -1,0 +1,271 @@
+"""The Lightning datamodule for images of every source."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from tenfold.data import DataModule, Draw, ImageItems, Loader, TensorItems
+from tenfold.errors import UserError
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ds_net_plus.data.readers import SOURCES, Split, image_files, read_parquet
+from ds_net_plus.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Transform,
+    eval_transform,
+    train_transform,
+)
+from ds_net_plus.synthetic import CLASS_NAMES, MEAN, STD, Glyphs, glyph_mix
+
+GENERATED = "generated"
+TRAIN_SEED, VAL_SEED, TEST_SEED = 0, 77, 99
+
+
+class Batch(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        image: normalised pixels.
+        label: classes, -1 where there are none.
+        index: position in the split.
+        hard: the generator's difficulty flag, None for photographs.
+    """
+
+    image: Float[Tensor, "batch colours height width"]
+    label: Int[Tensor, " batch"]
+    index: Int[Tensor, " batch"]
+    hard: Bool[Tensor, " batch"] | None = None
+
+
+def _to_batch(items: list[Any]) -> Batch:
+    return Batch(*default_collate([tuple(item) for item in items]))
+
+
+class Subset:
+    """Some items of a data set, by their positions."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        """Keeps the positions."""
+        self.dataset, self.indices = dataset, list(indices)
+
+    def _key(self, key: Draw | int) -> Draw | int:
+        if isinstance(key, Draw):
+            return Draw(key.epoch, self.indices[key.index])
+        return self.indices[key]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: Draw | int) -> Any:
+        return self.dataset[self._key(key)]
+
+
+class TensorSubset(Subset):
+    """A subset of `TensorItems`, which hand out whole batches."""
+
+    def __getitems__(self, keys: Sequence[Draw | int]) -> Any:
+        return self.dataset.__getitems__([self._key(key) for key in keys])
+
+
+class ImageData(DataModule):
+    """Training, validation, test and prediction images of one source."""
+
+    collate = staticmethod(_to_batch)
+
+    def __init__(
+        self,
+        source: str = GENERATED,
+        root: str | None = None,
+        image_size: int | None = None,
+        channels: int | None = None,
+        augment: str = "none",
+        train_size: int = 8000,
+        val_size: int = 2000,
+        test_size: int = 4000,
+        gate_split: float = 0.0,
+        val_split: float = 0.0,
+        image_column: str = "image",
+        label_column: str = "label",
+        predict_root: str | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = 256,
+        workers: int = 0,
+        seed: int = 0,
+        on_bad_item: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        """Nothing is read before `setup`.
+
+        Args:
+            source: "generated" (glyph-mix), "imagenet", "imagefolder", "cifar10", "cifar100" or
+                "parquet".
+            root: folder of a source on disk.
+            image_size: side in pixels; 32 for generated and CIFAR images, else 224.
+            channels: 1 (grey) or 3; 1 for generated images, else 3.
+            augment: of training images: "none", "light", "rand-m7" or "imagenet".
+            train_size: generated training images.
+            val_size: generated validation images.
+            test_size: generated test images.
+            gate_split: share of the training images kept for Stage II.
+            val_split: share of the training images kept for validation and budgets; without it,
+                and without a validation split on disk, the test images serve.
+            image_column: of parquet files.
+            label_column: of parquet files.
+            predict_root: folder of images for predict.
+            batch_size: training images in a step, on each rank.
+            eval_batch_size: images in a batch elsewhere.
+            workers: loading processes.
+            seed: of order, augmentation and splits.
+            on_bad_item: "raise", or "skip" unreadable images and count them.
+
+        Raises:
+            UserError: an option that does not exist.
+        """
+        super().__init__(batch_size, eval_batch_size, workers, seed, on_bad_item)
+        self.save_hyperparameters()
+        if source != GENERATED and source not in SOURCES:
+            known = ", ".join([GENERATED, *SOURCES])
+            raise UserError(f"source must be one of {known}, got {source!r}")
+        if source != GENERATED and root is None:
+            raise UserError(f"source {source} needs a folder", fix="give --data.root DIR")
+        if min(gate_split, val_split) < 0 or gate_split + val_split >= 1:
+            raise UserError("gate_split and val_split must be shares that leave training images")
+        small = source in (GENERATED, "cifar10", "cifar100")
+        self.source, self.augment = source, augment
+        self.image_size = image_size or (32 if small else 224)
+        self.channels = channels or (1 if source == GENERATED else 3)
+        self.mean, self.std = ((MEAN,), (STD,)) if self.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+        self.train_transform = train_transform(augment, self.image_size, self.mean, self.std)
+        crop = not small and self.image_size > 64
+        self.eval_transform = eval_transform(self.image_size, self.mean, self.std, crop)
+        self.class_names: tuple[str, ...] = ()
+        self._glyphs: dict[str, TensorItems] = {}
+        self._splits: dict[str, Split] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a training image looks the same in every epoch."""
+        return self.augment == "none"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the index of the source, or draws the generated images.
+
+        Raises:
+            UserError: the source is missing, damaged, or not what it should be.
+        """
+        if self.class_names:
+            return
+        if self.source == GENERATED:
+            self._setup_generated()
+            return
+        root = Path(str(self.hparams["root"]))
+        if self.source == "parquet":
+            columns = self.hparams["image_column"], self.hparams["label_column"]
+            self._splits = read_parquet(root, *columns)
+        else:
+            self._splits = SOURCES[self.source](root)
+        self.class_names = self._splits["train"].names
+
+    def _setup_generated(self) -> None:
+        if self.augment not in ("none",):
+            raise UserError("generated images are not augmented", fix="use --data.augment none")
+        if self.channels != 1:
+            raise UserError("generated images are grey", fix="leave --data.channels out")
+        self.class_names = CLASS_NAMES
+        for split, seed in (("train", TRAIN_SEED), ("val", VAL_SEED), ("test", TEST_SEED)):
+            count = self.hparams[f"{split}_size"]
+            glyphs: Glyphs = glyph_mix(count, seed, size=self.image_size)
+            fields = Batch(glyphs.image, glyphs.label, torch.arange(count), glyphs.hard)
+            self._glyphs[split] = TensorItems(fields)
+
+    def _items(self, split: str, transform: Transform) -> Any:
+        """A whole split of the source."""
+        if self.source == GENERATED:
+            return self._glyphs[split]
+        part = self._splits[split]
+        return ImageItems(_Sources(part.sources), transform, part.labels, self.seed)
+
+    def _parts(self) -> dict[str, list[int]]:
+        """Positions of the training split that go to training, gate and validation."""
+        size = len(self._items("train", self.eval_transform))
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(size, generator=generator).tolist()
+        gate, val = (round(self.hparams[k] * size) for k in ("gate_split", "val_split"))
+        return {
+            "gate": sorted(order[:gate]),
+            "val": sorted(order[gate : gate + val]),
+            "train": sorted(order[gate + val :]),
+        }
+
+    def train_dataset(self) -> Any:
+        """Augmented training images, without those kept for the gate or for validation."""
+        return self._part("train", self.train_transform)
+
+    def gate_dataset(self) -> Any:
+        """Images for Stage II, not augmented: those kept for it, else the training images."""
+        kept = "gate" if self.hparams["gate_split"] else "train"
+        return self._part(kept, self.eval_transform)
+
+    def _part(self, name: str, transform: Transform) -> Any:
+        items = self._items("train", transform)
+        parts = self._parts()
+        if len(parts[name]) == len(items):
+            return items
+        return (TensorSubset if self._glyphs else Subset)(items, parts[name])
+
+    def val_dataset(self) -> Any:
+        """Validation images, see `val_split`."""
+        if self.hparams["val_split"]:
+            return self._part("val", self.eval_transform)
+        own = self._glyphs or self._splits
+        return self._items("val" if "val" in own else "test", self.eval_transform)
+
+    def test_dataset(self) -> Any:
+        """Test images; the validation split where the source has no other (ImageNet)."""
+        own = self._glyphs or self._splits
+        return self._items("test" if "test" in own else "val", self.eval_transform)
+
+    def predict_dataset(self) -> Any:
+        """The images of `predict_root`, else the test images."""
+        root = self.hparams["predict_root"]
+        if root is None:
+            return self.test_dataset()
+        self.predict_files = image_files(Path(root))
+        if not self.predict_files:
+            raise UserError("no image in the folder", where=str(root))
+        return ImageItems(self.predict_files, self.eval_transform, seed=self.seed)
+
+    def gate_loader(self) -> Loader:
+        """`gate_dataset` in order."""
+        return self._loader("gate", self.gate_dataset(), self.eval_batch_size)
+
+    def calibration_loader(self) -> Loader:
+        """`val_dataset` in order."""
+        return self._loader("calibration", self.val_dataset(), self.eval_batch_size)
+
+    def test_loader(self) -> Loader:
+        """`test_dataset` in order."""
+        return self._loader("test", self.test_dataset(), self.eval_batch_size)
+
+
+class _Sources(Sequence[Any]):
+    """Image sources as `read_image` takes them: arrays become PIL images when they are read."""
+
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        source = self.sources[index]
+        return source if isinstance(source, str | Path | dict) else Image.fromarray(source)

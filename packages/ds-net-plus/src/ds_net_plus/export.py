@@ -1,0 +1,373 @@
+"""Plain files of every route: ExportedProgram, ONNX, and safetensors with a manifest.
+
+Three kinds of part are written. `route_k` is a whole sub-network, image -> logits. `front` is what
+all routes share, image -> (features, gate logits), and `rest_k` what follows it on route k,
+features -> logits; together they rebuild dynamic inference anywhere. Every file is read again and
+must answer as the sliced network does before the manifest names it.
+"""
+
+import copy
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ds_net_plus.convert import relative_deviation
+from ds_net_plus.model import DynamicNet, check_statistics, create_model
+from ds_net_plus.model.base import LARGEST, RouteLike
+from tenfold.checkpoint import atomic_file, load_state
+from tenfold.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SUFFIXES = {"torch": ".safetensors", "onnx": ".onnx", "exported-program": ".pt2"}
+TOLERANCE = 1e-5
+# input and outputs of each kind of part
+_PORTS = {
+    "route": ("image", ("logits",)),
+    "front": ("image", ("features", "gate_logits")),
+    "rest": ("features", ("logits",)),
+}
+# neither is the batch size that a dynamic axis was traced with
+_TRACED, _CHECKED = 2, (1, 3)
+
+Run = Callable[[Tensor], Any]  # input -> output, or a tuple of outputs
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One file of an export.
+
+    Attributes:
+        part: "route_k", "front" or "rest_k".
+        format: a key of `SUFFIXES`.
+        path: the file.
+        deviation: largest difference from the sliced network, relative to its largest output.
+        batches: batch sizes that were compared.
+    """
+
+    part: str
+    format: str
+    path: Path
+    deviation: float
+    batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(map(str, self.batches))
+        return f"{self.path}: differs by {self.deviation:.1e} at batch sizes {sizes}"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The network, in eval mode on the CPU, and the options that every part shares."""
+
+    net: DynamicNet
+    size: int
+    batch: int | None
+    fold_bn: bool
+    channels_last: bool
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the manifest needs to rebuild the plain modules."""
+        options = {"fold_bn": self.fold_bn, "channels_last": self.channels_last}
+        return {"arch": self.net.name, "config": self.net.config, **options}
+
+    @property
+    def checked(self) -> tuple[int, ...]:
+        return (self.batch,) if self.batch else _CHECKED
+
+    def inputs(self, kind: str, batch: int) -> Tensor:
+        """Random images, or the features of some."""
+        generator = torch.Generator().manual_seed(batch)
+        shape = (batch, self.net.in_channels, self.size, self.size)
+        x = torch.randn(shape, generator=generator)
+        x = self.net.front(x).features if _PORTS[kind][0] == "features" else x
+        return x.contiguous(memory_format=_layout(self.channels_last))
+
+
+def export_routes(
+    net: DynamicNet,
+    folder: str | Path,
+    routes: RouteLike | Sequence[RouteLike] = "all",
+    formats: Sequence[str] = ("torch", "onnx", "exported-program"),
+    image_size: int | None = None,
+    batch: str | int = "dynamic",
+    fold_bn: bool = True,
+    channels_last: bool = False,
+    preprocessing: Mapping[str, object] | None = None,
+) -> list[Exported]:
+    """Writes the parts of `net` into `folder`, each compared with the sliced network.
+
+    Args:
+        net: a network with measured statistics; it is not changed.
+        folder: made if need be; its manifest is written last, when every file has passed.
+        routes: "all" for every route index; one route; or a list, "largest" allowed (it has a
+            front of its own, and comes as a whole sub-network only).
+        formats: keys of `SUFFIXES`.
+        image_size: image side of programs and ONNX graphs; the network's own where None.
+        batch: "dynamic", or a fixed batch size.
+        fold_bn: fold the batch norms into the convolutions.
+        channels_last: keep weights and activations in that memory format.
+        preprocessing: what images go through before the network (mean, std, resize), for the
+            manifest.
+
+    Returns:
+        One entry for each part and format.
+
+    Raises:
+        UserError: an unknown route or format, ONNX without its packages, unmeasured statistics.
+        RuntimeError: a file that does not answer as the network does.
+    """
+    chosen = _check_routes(net, routes)
+    _check_formats(formats)
+    if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
+        raise UserError(f"batch must be 'dynamic' or a size from 1 on, got {batch!r}")
+    check_statistics(net, chosen)
+    if net.gate_trained is False:
+        log.warning("the gate is untrained: the exported gate logits mean nothing yet")
+    net = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
+    fixed = None if batch == "dynamic" else int(batch)
+    plan = _Plan(net, image_size or net.image_size, fixed, fold_bn, channels_last)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    parts: list[tuple[str, RouteLike | None]] = [("route", route) for route in chosen]
+    parts += [("front", None), *(("rest", route) for route in chosen if route != LARGEST)]
+    exported, entries = [], []
+    for kind, route in parts:
+        done = _export_part(plan, kind, route, folder, formats)
+        exported += done
+        entries.append(_entry(plan, kind, route, done))
+    with atomic_file(folder / MANIFEST) as file:
+        manifest = _manifest(plan, preprocessing) | {"parts": entries}
+        file.write((json.dumps(manifest, indent=2) + "\n").encode())
+    return exported
+
+
+def _check_routes(net: DynamicNet, routes: RouteLike | Sequence[RouteLike]) -> list[RouteLike]:
+    if routes == "all":
+        return list(range(net.num_routes))
+    chosen = [routes] if isinstance(routes, int | str) else list(routes)
+    if not chosen:
+        raise UserError("there are no routes to export")
+    return list(dict.fromkeys(net.check_route(route) for route in chosen))
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    unknown = [name for name in formats if name not in SUFFIXES]
+    if unknown or not formats:
+        raise UserError(
+            f"unknown export format {', '.join(map(repr, unknown)) or 'none'}",
+            fix=f"choose from {', '.join(SUFFIXES)}",
+        )
+    needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(
+            f"format onnx needs {', '.join(lacking)}", fix="pip install ds-net-plus[export]"
+        )
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _name(kind: str, route: RouteLike | None) -> str:
+    return kind if route is None else f"{kind}_{route}"
+
+
+def _plain(net: DynamicNet, kind: str, route: RouteLike | None, fold_bn: bool) -> nn.Module:
+    """A part as a plain module."""
+    if route is None:
+        module = net.materialize_front(fold_bn=fold_bn)
+    else:
+        build = net.materialize if kind == "route" else net.materialize_rest
+        module = build(route, fold_bn=fold_bn)
+    return module.requires_grad_(False).eval()
+
+
+def _sliced(net: DynamicNet, kind: str, route: RouteLike | None, x: Tensor) -> Any:
+    """What a part must compute."""
+    if route is None:
+        features, gate_input = net.front(x)
+        return features, net.gate_logits(gate_input)
+    return net(x, route=route) if kind == "route" else net.rest(x, route)
+
+
+@torch.no_grad()
+def _export_part(
+    plan: _Plan, kind: str, route: RouteLike | None, folder: Path, formats: Sequence[str]
+) -> list[Exported]:
+    """Writes one part in every format, and compares each file with the sliced network."""
+    module = _plain(plan.net, kind, route, plan.fold_bn)
+    module = module.to(memory_format=_layout(plan.channels_last))  # pyright: ignore[reportCallIssue]
+    program = None
+    if set(formats) - {"torch"}:
+        shapes = None if plan.batch else ({0: torch.export.Dim("batch")},)
+        example = plan.inputs(kind, plan.batch or _TRACED)
+        program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    done = []
+    for name in formats:
+        path = folder / (_name(kind, route) + SUFFIXES[name])
+        _save(module, program, kind, name, path)
+        run, deviation = _open(path, name, plan.recipe, kind, route), 0.0
+        for x in (plan.inputs(kind, size) for size in plan.checked):
+            expected = _sliced(plan.net, kind, route, x)
+            deviation = max(deviation, *map(relative_deviation, _tuple(run(x)), _tuple(expected)))
+        if not deviation <= TOLERANCE:
+            raise RuntimeError(
+                f"{path.name} differs from the sliced network by {deviation:.2g} of its largest "
+                f"output, more than {TOLERANCE:g}"
+            )
+        done.append(Exported(_name(kind, route), name, path, deviation, plan.checked))
+    return done
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _save(
+    module: nn.Module,
+    program: torch.export.ExportedProgram | None,
+    kind: str,
+    format: str,
+    path: Path,
+) -> None:
+    if format == "torch":
+        layout = torch.contiguous_format  # the only one that safetensors knows
+        state = {k: v.clone(memory_format=layout) for k, v in module.state_dict().items()}
+        safetensors.torch.save_file(state, path)
+        return
+    assert program is not None
+    if format == "onnx":
+        inputs, outputs = _PORTS[kind]
+        names = {"input_names": [inputs], "output_names": list(outputs)}
+        torch.onnx.export(
+            program, (), path, dynamo=True, external_data=False, verbose=False, **names
+        )
+        return
+    with warnings.catch_warnings():
+        # weights in channels_last are whole, but not in the order that torch calls complete
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        torch.export.save(program, path)
+
+
+def _entry(
+    plan: _Plan, kind: str, route: RouteLike | None, done: Sequence[Exported]
+) -> dict[str, Any]:
+    """A part's lines in the manifest."""
+    inputs, outputs = _PORTS[kind]
+    entry: dict[str, Any] = {"name": _name(kind, route), "kind": kind, "route": route}
+    entry |= {"input": inputs, "outputs": list(outputs)}
+    if route is not None:
+        entry["widths"] = list(plan.net.route_widths(route))
+        entry["madds"] = plan.net.madds(route, plan.size)
+        entry["params"] = plan.net.active_params(route)
+    entry["files"] = {item.format: item.path.name for item in done}
+    entry["deviation"] = {item.format: item.deviation for item in done}
+    return entry
+
+
+def _manifest(plan: _Plan, preprocessing: Mapping[str, object] | None) -> dict[str, Any]:
+    net, space = plan.net, plan.net.routing_space
+    return {
+        "format_version": 1,
+        **plan.recipe,
+        "gate": net.gate_state() | {"gate_trained": net.gate_trained},
+        "decision": "route = routing_space[argmax_k(score_k - tau * madds_k / madds_last)], "
+        "score = sigmoid(gate_logits) for gate_score 'probability', else gate_logits",
+        "space_madds": dict(zip(map(str, space), net.space_madds(plan.size), strict=True)),
+        "image": {
+            "shape": [plan.batch or "batch", net.in_channels, plan.size, plan.size],
+            "dtype": "float32",
+            "preprocessing": None if preprocessing is None else dict(preprocessing),
+        },
+        "checked_batches": list(plan.checked),
+        "tolerance": TOLERANCE,
+    }
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of an export.
+
+    Raises:
+        UserError: there is none, or it is not one of ours.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"no finished export, {MANIFEST} is missing", where=str(folder)) from None
+    except ValueError as error:
+        raise UserError("not valid JSON", where=str(path)) from error
+    if not isinstance(manifest, dict) or "parts" not in manifest:
+        raise UserError("not the manifest of an export", where=str(path))
+    return manifest
+
+
+def load_exported(folder: str | Path, part: RouteLike = "front", format: str = "torch") -> Run:
+    """Opens one part of an export for use from Python.
+
+    Args:
+        folder: that of `export_routes`.
+        part: a route index, "largest", or a part's name: "route_k", "front", "rest_k".
+        format: which of its files; "torch" gives an ordinary module.
+
+    Returns:
+        A callable: input -> output, or the front's (features, gate logits).
+
+    Raises:
+        UserError: no such part or format.
+    """
+    folder, manifest = Path(folder), read_manifest(folder)
+    name = f"route_{part}" if isinstance(part, int) or part == LARGEST else part
+    entries = {entry["name"]: entry for entry in manifest["parts"]}
+    if name not in entries or format not in entries[name]["files"]:
+        raise UserError(
+            f"the export has no {format} file of {name}",
+            where=str(folder),
+            fix=f"choose from {', '.join(entries)}",
+        )
+    entry = entries[name]
+    return _open(folder / entry["files"][format], format, manifest, entry["kind"], entry["route"])
+
+
+def _open(
+    path: Path, format: str, recipe: Mapping[str, Any], kind: str, route: RouteLike | None
+) -> Run:
+    """Opens a file; `recipe` says how to rebuild the module whose weights a "torch" file holds."""
+    if format == "onnx":
+        return _onnx_session(path)
+    if format == "exported-program":
+        return torch.export.load(path).module()
+    with torch.device("meta"):
+        net = create_model(recipe["arch"], **recipe["config"])
+        module = _plain(net, kind, route, recipe["fold_bn"])
+    module = module.to_empty(device="cpu")
+    module.load_state_dict(load_state(path))
+    return module.to(memory_format=_layout(recipe["channels_last"]))  # pyright: ignore[reportCallIssue]
+
+
+def _onnx_session(path: Path) -> Run:
+    import onnxruntime  # an extra: only those who export ONNX have it
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> Any:
+        outputs = session.run(None, {name: x.detach().cpu().contiguous().numpy()})
+        tensors = tuple(torch.from_numpy(output) for output in outputs)
+        return tensors if len(tensors) > 1 else tensors[0]
+
+    return run

@@ -1,0 +1,156 @@
+"""Both stages as functions: what `fit`, `train-gate`, `demo` and the benchmarks have in common."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from tenfold.data import DataModule, TensorItems
+from tenfold.progress import PlainProgress, on_terminal, track
+from tenfold.training import Resumable, StepSeed, StopOnBadLoss, resume_path
+from torch import Tensor
+
+from ds_net_plus.data import ImageData
+from ds_net_plus.evaluate import RouteTable, collect
+from ds_net_plus.model import DynamicNet, create_model
+from ds_net_plus.module import GateBatch, GateModule, SupernetModule
+from ds_net_plus.recalibrate import recalibrate
+
+
+def make_trainer(
+    folder: Path, *, epochs: int, seed: int = 0, accelerator: str = "auto", progress: bool = True
+) -> Trainer:
+    """A trainer whose run can be killed and resumed bit for bit; it keeps `folder`/last.ckpt."""
+    callbacks: list[Callback] = [Resumable(dirpath=folder), StepSeed(seed), StopOnBadLoss()]
+    if progress:
+        callbacks.append(RichProgressBar() if on_terminal() else PlainProgress())
+    return Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=CSVLogger(folder, name="", version=""),
+        enable_checkpointing=False,
+        enable_progress_bar=progress and on_terminal(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+    )
+
+
+def train_supernet(
+    module: SupernetModule,
+    data: ImageData,
+    folder: Path,
+    *,
+    epochs: int,
+    recalibration: int = 25,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> SupernetModule:
+    """Stage I and recalibration of both copies; goes on from `folder`/last.ckpt if there is one."""
+    trainer = make_trainer(
+        folder,
+        epochs=epochs,
+        seed=module.hparams["seed"],
+        accelerator=accelerator,
+        progress=progress,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume_path(folder))
+    for net in (module.net, module.teacher):
+        recalibrate(net, training_images(data, recalibration))
+    return module.eval()
+
+
+def training_images(data: ImageData, batches: int) -> Iterator[Tensor]:
+    """Up to `batches` batches of training images, augmented as in training, in a fixed order."""
+    for count, batch in enumerate(data.train_dataloader()):
+        if count == batches:
+            return
+        yield batch.image
+
+
+class CachedRoutes(DataModule):
+    """Stage-II data computed once: what the gate reads and what every route answers."""
+
+    def __init__(self, table: RouteTable, batch_size: int, seed: int) -> None:
+        """Serves the rows of `table` in training batches."""
+        super().__init__(batch_size=batch_size, seed=seed)
+        self.items = TensorItems(GateBatch(table.gate_input, table.logits, table.labels))
+
+    def train_dataset(self) -> TensorItems:
+        """All rows."""
+        return self.items
+
+
+def cache_routes(net: DynamicNet, batches: Iterable, label: str, progress: bool) -> RouteTable:
+    """`collect` with progress."""
+    return collect(net, track(batches, label=label) if progress else batches)
+
+
+def train_gate(
+    net: DynamicNet,
+    data: DataModule,
+    folder: Path,
+    *,
+    steps: int = 800,
+    seed: int = 0,
+    accelerator: str = "auto",
+    progress: bool = True,
+    **options: object,
+) -> GateModule:
+    """Stage II on a frozen supernet; goes on from `folder`/last.ckpt if there is one.
+
+    Args:
+        net: the supernet; copied, not changed.
+        data: cached routes, or images.
+        folder: where checkpoint and log go.
+        steps: optimizer steps, rounded up to whole epochs.
+        seed: of initialisation, order and noise.
+        accelerator: Lightning's choice of device.
+        progress: show it.
+        **options: arguments of `GateModule`.
+    """
+    config = {**net.config, "gate_outputs": len(net.routing_space)}
+    module = GateModule(arch=net.name, net=config, **options)  # pyright: ignore[reportArgumentType]
+    module.net.load_state_dict(net.state_dict())
+    module.net.routing_space = net.routing_space
+    reset_gate(module.net, seed)
+    loader = data.train_dataloader()
+    trainer = make_trainer(
+        folder,
+        epochs=-(-steps // max(len(loader), 1)),
+        seed=seed,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume_path(folder))
+    return module.eval()
+
+
+def reset_gate(net: DynamicNet, seed: int) -> None:
+    """A fresh gate: hidden layers at random, the output layer at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    *hidden, head = net.gate_parameters()
+    with torch.no_grad():
+        for parameter in hidden:
+            bound = parameter.shape[-1] ** -0.5
+            parameter.uniform_(-bound, bound, generator=generator)
+        head.zero_()
+
+
+def with_space(net: DynamicNet, space: Sequence[int]) -> DynamicNet:
+    """The same supernet with a fresh gate over other routes, of any number.
+
+    Raises:
+        UserError: an invalid routing space.
+    """
+    other = create_model(net.name, **{**net.config, "gate_outputs": len(space)})
+    other.routing_space = tuple(space)
+    gate = {id(p) for p in net.gate_parameters()}
+    names = {name for name, p in net.named_parameters() if id(p) in gate}
+    state = {k: v for k, v in net.state_dict().items() if k not in names}
+    other.load_state_dict({**other.state_dict(), **state})
+    return other.eval()

@@ -1,0 +1,203 @@
+"""Metrics, budget search, recalibration and the runner against hand computation."""
+
+import pytest
+import torch
+from ds_net_plus.evaluate import (
+    RouteTable,
+    calibrate_tau,
+    collect,
+    gain_at_equal_madds,
+    oracle,
+    point_at,
+    point_of,
+    random_routing,
+    saving_at_equal_accuracy,
+    with_gate,
+)
+from ds_net_plus.layers import SwitchableBN
+from ds_net_plus.model import DSConvNet, check_statistics, choose_routes, tau_for_budget
+from ds_net_plus.recalibrate import recalibrate
+from ds_net_plus.runner import DynamicRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tenfold.errors import UserError
+
+
+class Images:
+    """The fields of a batch that `collect` reads."""
+
+    def __init__(self, image, label, hard=None):
+        self.image, self.label, self.hard = image, label, hard
+
+
+def table_of(correct: list[list[int]], scores: list[list[float]], madds=(100, 200, 400)):
+    """A table of two classes in which the given routes are right."""
+    right = torch.tensor(correct).bool()
+    logits = torch.stack([right.float(), (~right).float()], 2)
+    labels = torch.zeros(len(right), dtype=torch.int64)
+    return RouteTable(torch.zeros(len(right), 1), torch.tensor(scores), logits, labels, madds)
+
+
+@pytest.fixture
+def table():
+    return table_of(
+        [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]],
+        [[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0]],
+    )
+
+
+def test_points_by_hand(table):
+    assert table.static_top1() == [0.25, 0.5, 0.75]
+    point = point_at(table)
+    assert point.top1 == 0.75
+    assert point.madds == (100 + 200 + 400 + 100) / 4
+    assert point.shares == (0.5, 0.25, 0.25)
+    assert gain_at_equal_madds(point, table) == pytest.approx(0.75 - 0.5)
+    assert saving_at_equal_accuracy(point, table) == pytest.approx(400 / 200)
+    assert random_routing(table, point.shares) == pytest.approx((200, 0.5 * 0.25 + 0.5 * 0.625))
+
+
+def test_saving_interpolates_and_saturates(table):
+    assert saving_at_equal_accuracy(point_of(table, torch.tensor([0, 0, 0, 0])), table) == 1.0
+    half = point_of(table, torch.tensor([0, 1, 0, 0]))  # top-1 0.5 at 125
+    assert saving_at_equal_accuracy(half, table) == pytest.approx(200 / 125)
+
+
+def test_oracle_takes_the_cheapest_correct_route(table):
+    point = oracle(table)
+    assert point.top1 == 0.75
+    assert point.madds == (100 + 200 + 400 + 100) / 4
+
+
+@given(
+    seed=st.integers(0, 1000),
+    share=st.floats(0, 1),
+    scale=st.sampled_from([0.01, 1.0, 100.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_calibrated_tau_meets_the_target_and_no_smaller_tau_does(seed, share, scale):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(50, 3, generator=generator) * scale
+    madds = (100, 150, 400)
+    target = 100 + share * 300
+    tau = calibrate_tau(scores, madds, target)
+    costs = torch.tensor(madds, dtype=torch.float64)
+    assert costs[choose_routes(scores, madds, tau)].mean() <= target
+    if target < 400:
+        cheaper = choose_routes(scores, madds, tau - 1e-3 * scale)
+        # mean cost falls with tau: just below, the target is missed or a step lies between
+        assert costs[cheaper].mean() >= costs[choose_routes(scores, madds, tau)].mean()
+
+
+def test_mean_cost_falls_with_tau():
+    scores = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    costs = torch.tensor((1, 2, 3, 5), dtype=torch.float64)
+    means = [
+        float(costs[choose_routes(scores, (1, 2, 3, 5), tau)].mean())
+        for tau in torch.linspace(-60, 60, 81).tolist()
+    ]
+    assert means[0] == 5
+    assert means[-1] == 1
+    assert all(low >= high for low, high in zip(means, means[1:], strict=False))
+
+
+def test_infeasible_targets_state_the_range(table):
+    with pytest.raises(UserError, match="from 100 to 400"):
+        calibrate_tau(table.scores, table.madds, 50)
+
+
+def test_budgets_are_looked_up_in_the_table(randomize):
+    net = randomize(DSConvNet())
+    with pytest.raises(UserError, match="calibrate-budget"):
+        tau_for_budget(net, 0.5)
+    widest = net.madds(3)
+    net.budgets = [(0.0, 0.9 * widest), (0.2, 0.5 * widest), (0.6, 0.3 * widest)]
+    assert tau_for_budget(net, 0.7) == pytest.approx(0.1)
+    with pytest.raises(UserError, match=r"0\.300 to 0\.900"):
+        tau_for_budget(net, 0.2)
+
+
+def test_collect_equals_running_every_route(net, images):
+    labels = torch.arange(len(images)) % 10
+    batches = [Images(images[:4], labels[:4]), Images(images[4:], labels[4:])]
+    table = collect(net, batches)
+    for j, route in enumerate(net.routing_space):
+        expected = net(images, route=route)
+        assert torch.allclose(table.logits[:, j], expected, rtol=1e-4, atol=1e-4)
+    output = net(images)
+    chosen = torch.tensor(net.routing_space)[choose_routes(table.scores, table.madds)]
+    assert torch.equal(output.routes[:, 0], chosen)
+    assert float(output.madds.double().mean()) == pytest.approx(point_at(table).madds)
+    assert torch.equal(with_gate(table, net).scores, table.scores)
+
+
+def test_collect_names_an_image_that_is_not_finite(net, images):
+    images[7] = float("inf")
+    batches = [Images(i, torch.zeros(len(i), dtype=torch.int64)) for i in images.split(4)]
+    with pytest.raises(UserError, match="image 7"):
+        collect(net, batches)
+    with pytest.raises(UserError, match="no images"):
+        collect(net, [])
+
+
+def test_recalibrated_statistics_are_the_mean_over_batches(net):
+    torch.manual_seed(2)
+    shape = (4, net.in_channels, net.image_size, net.image_size)
+    batches = [torch.randn(shape) * (k + 1) for k in range(3)]
+    seen: dict[str, list[torch.Tensor]] = {}
+    names = {bn: name for name, bn in net.named_modules() if isinstance(bn, SwitchableBN)}
+
+    def record(layer, args):
+        seen.setdefault(f"{names[layer]}.{args[0].shape[1]}", []).append(
+            torch.stack([args[0].mean((0, 2, 3)), args[0].var((0, 2, 3))])
+        )
+
+    counters = {k: v.clone() for k, v in net.state_dict().items() if v.dtype == torch.int64}
+    hooks = [bn.register_forward_pre_hook(record) for bn in names]
+    assert recalibrate(net, batches) == 3
+    for hook in hooks:
+        hook.remove()
+    assert not net.training
+    for bn, name in names.items():
+        for width, layer in zip(bn.widths, bn.aux_bn, strict=True):
+            values = seen[f"{name}.{width}"]
+            first = values[:: len(values) // 3]  # later visits of a batch do not count
+            mean = torch.stack(first).mean(0)
+            assert layer.momentum == 0.1
+            assert torch.allclose(layer.running_mean, mean[0], rtol=1e-4, atol=1e-5)
+            assert torch.allclose(layer.running_var, mean[1], rtol=1e-4, atol=1e-5)
+    for key, value in counters.items():
+        assert torch.equal(net.state_dict()[key], value)
+    check_statistics(net, [*range(net.num_routes), "largest"])
+    with pytest.raises(UserError, match="at least one batch"):
+        recalibrate(net, [])
+
+
+def test_runner_equals_the_network(net, images):
+    for tau in (0.0, 0.05, -0.05):
+        expected, actual = net(images, tau=tau), DynamicRunner(net, tau=tau)(images)
+        assert torch.equal(actual.routes, expected.routes)
+        assert torch.equal(actual.madds, expected.madds)
+        scale = float(expected.logits.abs().max())
+        assert torch.allclose(actual.logits, expected.logits, atol=1e-5 * scale)
+
+
+def test_runner_equals_single_images_and_takes_empty_batches(net, images):
+    runner = DynamicRunner(net)
+    together = runner(images)
+    for n in range(len(images)):
+        alone = runner(images[n : n + 1])
+        assert torch.equal(alone.routes[0], together.routes[n])
+        scale = float(together.logits.abs().max())
+        assert torch.allclose(alone.logits[0], together.logits[n], atol=1e-5 * scale)
+    assert runner(images[:0]).logits.shape == (0, net.num_classes)
+
+
+def test_runner_on_a_subset_of_the_space(net, images):
+    allowed = net.routing_space[1:3]
+    assert set(DynamicRunner(net, routes=allowed)(images).routes[:, 0].tolist()) <= set(allowed)
+
+
+def test_runner_refuses_untrained_gates():
+    with pytest.raises(UserError, match="train-gate"):
+        DynamicRunner(DSConvNet().eval())

@@ -1,0 +1,217 @@
+"""The contract on a toy package: a sound one passes, and each planted defect fails its test.
+
+The toy is written to a folder, as a package of its own would be installed; the contracts are
+classes of this file, which the contract's processes load by its path.
+"""
+
+import inspect
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold.errors import UserError
+from tenfold.testing import PackageContract, differences, leaves, limit_threads
+from tenfold.training import resume_path
+
+limit_threads()
+
+MODULE = '''
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from typing import NamedTuple
+
+from tenfold.data import DataModule, TensorItems
+from tenfold.errors import UserError
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Toy(LightningModule):
+    """A regression with dropout, a batch norm and a moving average; `defect` spoils one thing."""
+
+    def __init__(self, width: int = 16, defect: str = "") -> None:
+        super().__init__()
+        if width < 1:
+            raise UserError(f"width {width} must be at least 1")
+        if defect == "crash" and width == 7:
+            raise ZeroDivisionError("seven")
+        self.save_hyperparameters()
+        norm = nn.BatchNorm1d(width)
+        self.net = nn.Sequential(nn.Linear(8, width), norm, nn.Dropout(0.1), nn.Linear(width, 1))
+        self.defect, self.generator = defect, torch.Generator().manual_seed(0)
+        average = [p.detach().clone() for p in self.net.parameters()]
+        self.average = average if defect == "unsaved" else nn.ParameterList(average)
+        for p in self.average:
+            p.requires_grad_(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        if self.defect == "generator":
+            x = x + 0.1 * torch.randn(x.shape, generator=self.generator)
+        if self.defect == "across":
+            x = x - x.mean(0)
+        prediction = self.net(x).squeeze(1)
+        if self.defect == "bf16":
+            prediction = prediction / (prediction.dtype != torch.bfloat16)
+        loss = (prediction - y).square()
+        return loss.sum() if self.defect == "sum" else loss.mean()
+
+    def on_train_batch_end(self, *_):
+        for average, p in zip(self.average, self.net.parameters(), strict=True):
+            average.lerp_(p.detach().to(average), 0.1)
+        if self.defect == "unsaved":  # and it matters
+            self.net[0].bias.data.lerp_(self.average[1].to(self.dtype), 0.5)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict]:
+        rank = self.global_rank if self.defect == "rank" else 0
+        return [{"y": y, "sign": rank + int(y > 0)} for y in self.net(batch.x).squeeze(1).tolist()]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.defect == "load":
+            checkpoint["state_dict"]["net.0.bias"] *= 1 + 1e-6
+
+    def configure_optimizers(self):
+        rate = 1e-5 if self.defect == "lazy" else 0.05
+        return torch.optim.SGD(self.net.parameters(), rate, momentum=0.9)
+
+
+class Numbers(DataModule):
+    def __init__(self, items: int = 40, batch_size: int = 8) -> None:
+        super().__init__(batch_size)
+        self.save_hyperparameters()
+        if items < 1:
+            raise UserError(f"items {items} must be at least 1")
+        self.items = items
+
+    def train_dataset(self) -> TensorItems:
+        x = torch.randn(self.items, 8, generator=torch.Generator().manual_seed(1))
+        return TensorItems(Batch(x, x.sum(1)))
+
+    predict_dataset = val_dataset = train_dataset
+
+
+def refuse(file: str) -> None:
+    """Refuses a file."""
+    raise UserError("no good file", where=file)
+'''
+
+CLI = """
+from tenfold.cli import App, Command
+
+MODEL = {"model": "toy.module:Toy", "datamodule": "toy.module:Numbers"}
+COMMANDS = {"refuse": Command("toy.module:refuse", "refuse a file")}
+app = App("toy", "toy", "A toy.", **MODEL, commands=COMMANDS)
+"""
+
+RECIPES = {
+    "small": "model: {init_args: {width: 4}}",
+    "vast": "model: {init_args: {width: 1000000}}",
+}
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def write_toy(folder: Path) -> None:
+    (folder / "recipes").mkdir(parents=True)
+    files = {"__init__.py": "", "module.py": MODULE, "cli.py": CLI}
+    files |= {f"recipes/{name}.yaml": text for name, text in RECIPES.items()}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+write_toy(Path(_FOLDER.name) / "toy")  # when pytest collects, the recipes must be there
+sys.path.insert(0, _FOLDER.name)
+
+
+class Sound(PackageContract):
+    """A package that keeps the contract."""
+
+    cli = "toy.cli:app"
+    parameter_counts = {"small": 4 * 8 + 3 * 4 + 4 + 1, "vast": 12_000_000 + 1}  # noqa: RUF012
+    bad_inputs = (
+        (["fit", "--config", "tiny"], "the recipes are small, vast"),
+        (["fit", "--model.width=0"], "width 0 must be at least 1"),
+        (["fit", "--data.items=0"], "items 0"),
+        (["refuse", "{folder}/file"], "no good file"),
+    )
+    defect = ""
+
+    def module(self):
+        from toy.module import Toy
+
+        return Toy(defect=self.defect)
+
+    def data(self):
+        from toy.module import Numbers
+
+        return Numbers()
+
+    def exported(self):
+        return self.module().net, (torch.ones(2, 8),)
+
+
+class Generator(Sound):
+    defect = "generator"
+
+
+class Unsaved(Sound):
+    defect = "unsaved"
+
+
+class Across(Sound):
+    defect = "across"
+
+
+class Sum(Sound):
+    defect = "sum"
+
+
+class Rank(Sound):
+    defect = "rank"
+
+
+class Lazy(Sound):
+    defect = "lazy"
+
+
+class Bf16(Sound):
+    defect = "bf16"
+
+
+class Load(Sound):
+    defect = "load"
+
+
+class TestSound(Sound):
+    """All of the contract, as a package has it."""
+
+
+DEFECTS = [
+    ("generator", "test_interrupted_and_resumed", "another state"),
+    ("generator", "test_killed_and_resumed", "another state"),
+    ("unsaved", "test_interrupted_and_resumed", "another state"),
+    ("lazy", "test_one_batch_is_learned", "took its loss"),
+    ("sum", "test_two_ranks_do_as_one", "gradients of module differ"),
+    ("across", "test_two_ranks_do_as_one", "gradients of module differ"),
+    ("rank", "test_two_ranks_do_as_one", "predictions of module differ"),
+    ("bf16", "test_bf16", "not finite after a step of module: .*net"),
+    ("load", "test_saved_and_loaded", r"weights of module differ after loading: net\.0\.bias"),
+]
+
+
+@pytest.mark.parametrize(("defect", "test", "message"), DEFECTS)
+def test_a_planted_defect_fails_its_test(defect, test, message, tmp_path):
+    contract = globals()[defect.capitalize()]()
+    arguments = {"name": "module", "tmp_path": tmp_path}
+    method = getattr(contract, test)
+    wanted = inspect.signature(method).parameters
+    with pytest.raises(AssertionError, match=message):
+        method(**{name: arguments[name] for name in wanted})
