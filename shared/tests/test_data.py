@@ -31,6 +31,15 @@ from tenfold.errors import UserError
 seeds = st.integers(0, 2**63)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads of small operations only wait for each other on a shared machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def draws(size, epoch=0, skip=0, **options):
     sampler = EpochSampler(size, **options)
     sampler.set_epoch(epoch)
@@ -176,7 +185,7 @@ def test_workers_ignore_the_keyboard():
     data = Some(Noise(), batch_size=2, workers=2)
     loader = data.train_dataloader()
     batches = iter(loader)
-    seen = [next(batches)]
+    seen = [next(batches), next(batches)]  # one from each worker: both are up
     for worker in loader._iterator._workers:
         os.kill(worker.pid, signal.SIGINT)
     seen += list(batches)
@@ -283,7 +292,8 @@ def test_an_unusable_item_ends_the_run_in_one_line(workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_takes_the_next_usable_item(workers, caplog):
     data = Some(Broken({2, 3, 8}), batch_size=4, workers=workers, on_bad_item="skip")
-    batches = iter(data.train_dataloader())
+    loader = data.train_dataloader()
+    batches = iter(loader)
     shown = sorted(i for _ in range(3) for i in next(batches).tolist())
     # Lightning does not ask for more than three batches: the report is there already
     assert shown == sorted([0, 1, 4, 4, 4, 5, 6, 7, 9, 9, 10, 11])
@@ -292,6 +302,7 @@ def test_training_takes_the_next_usable_item(workers, caplog):
     assert set(data.bad_items["train"].reasons) == {2, 3, 8}
     data.teardown("fit")
     assert len(caplog.records) == 1
+    loader.close()
 
 
 def test_evaluation_leaves_unusable_items_out(caplog):

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.errors import UserError
-from tenfold.testing import PackageContract, differences, leaves, limit_threads
-from tenfold.training import resume_path
+from tenfold.testing import PackageContract, limit_threads
 
 limit_threads()
 

@@ -10,9 +10,10 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
+from torch import nn
+
 from ds_net_plus.layers import SwitchableBN
 from ds_net_plus.model import DSConvNet, DSMobileNet, DynamicNet
-from torch import nn
 
 
 def build_tiny_mbnet(**overrides: object) -> DSMobileNet:

@@ -1,11 +1,13 @@
 """The contract of every package (`tenfold.testing`), kept by both training stages."""
 
 import torch
+
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import DynamicNet
 from ds_net_plus.module import GateModule, NetModule, SupernetModule
 from ds_net_plus.recalibrate import recalibrate
 from tenfold.testing import PackageContract
+
 
 def ready(net: DynamicNet) -> None:
     """Measured statistics and a gate that uses several routes: what dynamic inference needs."""

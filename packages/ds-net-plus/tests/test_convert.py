@@ -1,4 +1,4 @@
-"""The official checkpoint: which weights, which network, which gate mark; and files that are bad."""
+"""The official checkpoint: which weights, which network, which gate mark; and bad files."""
 
 import argparse
 import os
@@ -99,11 +99,8 @@ def test_the_network_is_read_off_the_shapes(tiny_mbnet):
         "squeeze_ratio": 0.5,
         "in_channels": 1,
     }
-    for net in (
-        DSMobileNet(**unusual),
-        tiny_mbnet(),
-        DSMobileNet(**{**unusual, "squeeze_ratio": 0.3}),
-    ):
+    other = {**unusual, "squeeze_ratio": 0.3}
+    for net in (DSMobileNet(**unusual), DSMobileNet(**other), tiny_mbnet()):
         inferred = infer_config(net.state_dict())
         ratio = inferred["squeeze_ratio"]
         assert {**inferred, "squeeze_ratio": 0} == {

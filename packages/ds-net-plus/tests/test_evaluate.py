@@ -1,7 +1,12 @@
 """Metrics, budget search, recalibration and the runner against hand computation."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ds_net_plus.evaluate import (
     RouteTable,
     calibrate_tau,
@@ -18,8 +23,6 @@ from ds_net_plus.layers import SwitchableBN
 from ds_net_plus.model import DSConvNet, check_statistics, choose_routes, tau_for_budget
 from ds_net_plus.recalibrate import recalibrate
 from ds_net_plus.runner import DynamicRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tenfold.errors import UserError
 
 
@@ -98,7 +101,7 @@ def test_mean_cost_falls_with_tau():
     ]
     assert means[0] == 5
     assert means[-1] == 1
-    assert all(low >= high for low, high in zip(means, means[1:], strict=False))
+    assert all(low >= high for low, high in pairwise(means))
 
 
 def test_infeasible_targets_state_the_range(table):

@@ -29,7 +29,7 @@ def pictures(net, count):
 def cnn(randomize):
     return randomize(
         DSConvNet(
-            front_widths=(4, 6),
+            front_widths=(4,),
             stage_widths=((3, 8), (5, 9)),
             depths=(1, 2),
             gate_outputs=2,
@@ -42,9 +42,9 @@ def cnn(randomize):
 def mbnet(tiny_mbnet, randomize):
     return randomize(
         tiny_mbnet(
-            stage_widths=((8, 16), (12, 20), (16, 24)),
-            depths=(1, 1, 2),
-            strides=(1, 2, 2),
+            stage_widths=((8, 16), (12, 20)),
+            depths=(1, 2),
+            strides=(1, 2),
             gate_stage=1,
             gate_outputs=2,
             image_size=32,
@@ -52,18 +52,22 @@ def mbnet(tiny_mbnet, randomize):
     )
 
 
+ROUTES = {"cnn": [0, 1], "mbnet": [1, "largest"]}
+
+
 @pytest.fixture(scope="module", params=["cnn", "mbnet"])
 def exported(request, tmp_path_factory):
-    """A network with two routes, and all its parts in all formats."""
-    net = request.getfixturevalue(request.param)
+    """A network with two routes, some of its routes, its front and their rests in all formats."""
+    net, routes = request.getfixturevalue(request.param), ROUTES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    routes = [0, 1, "largest"]
-    return net, folder, export_routes(net, folder, routes, preprocessing={"mean": [0.5]})
+    done = export_routes(net, folder, routes, preprocessing={"mean": [0.5]})
+    return net, routes, folder, done
 
 
 def test_every_part_comes_in_every_format(exported):
-    _, folder, done = exported
-    parts = ["route_0", "route_1", "route_largest", "front", "rest_0", "rest_1"]
+    _, routes, folder, done = exported
+    parts = [f"route_{k}" for k in routes] + ["front"]
+    parts += [f"rest_{k}" for k in routes if k != "largest"]
     assert [(item.part, item.format) for item in done] == [(p, f) for p in parts for f in FORMATS]
     assert all(item.path.is_file() and item.path.parent == folder for item in done)
     assert all(item.deviation <= 1e-5 and len(item.batches) == 2 for item in done)
@@ -71,10 +75,10 @@ def test_every_part_comes_in_every_format(exported):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_files_equal_the_sliced_network(exported, format):
-    net, folder, _ = exported
+    net, routes, folder, _ = exported
     front = load_exported(folder, "front", format)
-    rests = [load_exported(folder, f"rest_{route}", format) for route in (0, 1)]
-    wholes = {route: load_exported(folder, route, format) for route in (0, 1, "largest")}
+    wholes = {route: load_exported(folder, route, format) for route in routes}
+    rests = {k: load_exported(folder, f"rest_{k}", format) for k in routes if k != "largest"}
     for count in (1, 4, 7):
         x = pictures(net, count)
         features, logits = front(x)
@@ -83,29 +87,35 @@ def test_files_equal_the_sliced_network(exported, format):
         close(logits, net.gate_logits(sliced.gate_input))
         for route, whole in wholes.items():
             close(whole(x), net(x, route=route))
-        for route in (0, 1):
-            close(rests[route](features), net(x, route=route))
+        for route, rest in rests.items():
+            close(rest(features), net(x, route=route))
 
 
+@pytest.mark.parametrize("exported", ["cnn"], indirect=True)
 def test_dynamic_inference_from_the_files_alone(exported):
-    net, folder, _ = exported
+    net, _, folder, _ = exported
     manifest = read_manifest(folder)
     front = load_exported(folder, "front", "onnx")
     space = manifest["gate"]["routing_space"]
     rests = {route: load_exported(folder, f"rest_{route}", "exported-program") for route in space}
     costs = [manifest["space_madds"][str(route)] for route in space]
-    x, tau = pictures(net, 9), 0.3
+    x = pictures(net, 9)
     features, scores = front(x)
     price = torch.tensor([cost / costs[-1] for cost in costs])
-    choice = (scores - tau * price).argmax(1)
-    expected = net(x, tau=tau)
-    assert torch.tensor(space)[choice].tolist() == expected.routes[:, 0].tolist()
-    for i, j in enumerate(choice.tolist()):
-        close(rests[space[j]](features[i : i + 1]), expected.logits[i : i + 1])
+    used = set()
+    for tau in (-5.0, 0.0, 0.3, 5.0):
+        choice = (scores - tau * price).argmax(1)
+        expected = net(x, tau=tau)
+        assert torch.tensor(space)[choice].tolist() == expected.routes[:, 0].tolist()
+        used |= set(choice.tolist())
+        for i, j in enumerate(choice.tolist()):
+            close(rests[space[j]](features[i : i + 1]), expected.logits[i : i + 1])
+    assert used == {0, 1}
 
 
+@pytest.mark.parametrize("exported", ["mbnet"], indirect=True)
 def test_the_manifest(exported):
-    net, folder, _ = exported
+    net, _, folder, _ = exported
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["arch"] == net.name
     assert manifest["config"] == net.config
@@ -114,24 +124,38 @@ def test_the_manifest(exported):
     entry = {part["name"]: part for part in manifest["parts"]}
     assert entry["route_1"]["madds"] == net.routes[1].madds
     assert entry["rest_1"]["widths"] == list(net.routes[1].widths)
+    assert entry["route_largest"]["params"] == net.active_params("largest")
     assert entry["front"]["outputs"] == ["features", "gate_logits"]
     assert entry["front"]["files"]["onnx"] == "front.onnx"
 
 
-def test_all_routes_as_weights(net, images, tmp_path):
+@pytest.mark.parametrize("family", ["cnn", "mbnet"])
+def test_all_routes_as_weights(family, tiny_mbnet, randomize, tmp_path):
+    if family == "cnn":
+        net = randomize(DSConvNet())
+    else:
+        widths = ((8, 16), (12, 20, 24, 28, 31), (9, 11, 13, 17, 19))
+        net = randomize(
+            tiny_mbnet(stage_widths=widths, depths=(1, 2, 2), strides=(1, 2, 2), gate_stage=1)
+        )
     done = export_routes(net, tmp_path, formats=["torch"])
     assert len(done) == 2 * net.num_routes + 1
+    x = pictures(net, 3)
     for route in range(net.num_routes):
         module = load_exported(tmp_path, route)
         assert isinstance(module, torch.nn.Module)
-        close(module(images), net(images, route=route))
+        close(module(x), net(x, route=route))
 
 
 @pytest.mark.parametrize(
-    "options", [{"fold_bn": False}, {"channels_last": True}, {"batch": 3, "image_size": 24}]
+    ("formats", "options"),
+    [
+        (["torch"], {"fold_bn": False}),
+        (["torch", "exported-program"], {"channels_last": True}),
+        (["torch", "exported-program"], {"batch": 3, "image_size": 24}),
+    ],
 )
-def test_options(mbnet, tmp_path, options):
-    formats = ["torch", "exported-program"]
+def test_options(mbnet, tmp_path, formats, options):
     export_routes(mbnet, tmp_path, 1, formats, **options)
     size = options.get("image_size", mbnet.image_size)
     x = torch.randn(3, 3, size, size)

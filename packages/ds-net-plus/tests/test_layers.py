@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ds_net_plus.layers import (
     DSConv2d,
     DSDepthwiseConv2d,
@@ -17,8 +20,6 @@ from ds_net_plus.layers import (
     channel_mask,
     make_divisible,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tenfold.errors import UserError
 
 REFERENCE = Path(__file__).parent / "reference"

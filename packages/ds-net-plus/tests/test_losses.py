@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from ds_net_plus.losses import (
     GateLoss,
     complexity,
@@ -25,7 +26,7 @@ def test_gumbel_gate_equals_the_official_program():
     logits = ref["logits"].requires_grad_()
     sample = gumbel_gate(logits, ref["noise"])
     assert torch.allclose(sample.soft, ref["soft"], rtol=1e-6, atol=1e-7)
-    assert torch.equal(sample.index, ref["index"][:, 0])
+    assert torch.equal(sample.choice, ref["index"][:, 0])
     assert torch.allclose(sample.gate, ref["hard_st"], atol=1e-6)
     (sample.gate * ref["weight"]).sum().backward()
     assert torch.allclose(logits.grad, ref["grad_logits"], rtol=1e-5, atol=1e-7)
@@ -41,7 +42,7 @@ def test_gumbel_noise_has_the_moments_of_its_law():
 def test_sampled_routes_follow_the_softmax():
     torch.manual_seed(0)
     logits = torch.tensor([[1.0, 0.0, -1.0]]).expand(60_000, 3)
-    share = gumbel_gate(logits).index.bincount(minlength=3) / 60_000
+    share = gumbel_gate(logits).choice.bincount(minlength=3) / 60_000
     assert torch.allclose(share, logits[0].softmax(0), atol=0.01)
 
 

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ds_net_plus.model import (
     DSConvNet,
     DSMobileNet,
@@ -11,8 +14,6 @@ from ds_net_plus.model import (
     create_model,
     run_grouped,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tenfold.errors import UserError
 
 MBNET_MADDS = (

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ds_net_plus.model import DSConvNet
 from ds_net_plus.steps import drop_zero_gradients, sample_routes, stage1_step, stage2_step
 from tenfold.errors import UserError
@@ -130,7 +131,7 @@ def test_stage2_forward_is_the_sampled_route(net, images, estimator, sgs):
     out = stage2_step(net, images, y, noise=noise, estimator=estimator, sgs=sgs)
     front = net.front(images)
     chosen = (net.gate_logits(front.gate_input) + noise).argmax(1)
-    assert torch.equal(out.sample.index, chosen)
+    assert torch.equal(out.sample.choice, chosen)
     expected = torch.cat(
         [net(images[n : n + 1], route=net.routing_space[int(k)]) for n, k in enumerate(chosen)]
     )
@@ -191,7 +192,7 @@ def test_official_scale_and_double_softmax(net, images):
     noise = torch.zeros(len(images), 4)
     out = stage2_step(net, images, y, noise=noise, sgs_on="probs", scale="1e9")
     costs = torch.tensor(net.space_madds(images.shape[-1]), dtype=torch.float64)
-    mean = costs[out.sample.index].mean()
+    mean = costs[out.sample.choice].mean()
     assert float(out.losses["complexity"]) == pytest.approx(float(mean / 1e9) ** 2, rel=1e-5)
     double = F.cross_entropy(out.sample.soft, out.targets, label_smoothing=0.1)
     assert torch.allclose(out.losses["sgs"], double)

@@ -350,10 +350,10 @@ def _quiet_worker(_: int) -> None:
 class DataModule(LightningDataModule):
     """Base of all data modules: subclasses give map data sets, this gives exact loaders.
 
-    A data set is indexed with a `Draw` in training and a plain int in evaluation, with the three
-    global generators seeded by (seed, epoch, index). One with `__getitems__` (TensorItems) returns
-    whole batches instead. Training batches are full (the rest of an epoch's permutation is left
-    out, another rest in every epoch) unless the data set is smaller than one.
+    A data set is indexed with a `Draw` (of epoch 0 in evaluation), the three global generators
+    seeded by (seed, epoch, index). One with `__getitems__` (TensorItems) returns whole batches
+    instead, and its exceptions pass as they are. Training batches are full (the rest of an epoch's
+    permutation is left out, another rest in every epoch) unless the data set is smaller than one.
 
     Args:
         batch_size: items in a training batch, on each rank.

@@ -82,6 +82,8 @@ class PackageContract:
     bf16_tolerance: ClassVar[float] = 0.02
     ddp: ClassVar[Mapping[str, Any]] = {}
 
+    pytestmark = pytest.mark.filterwarnings("ignore")
+
     def module(self) -> LightningModule:
         """A tiny module that learns, predicts, and draws no noise in eval mode."""
         raise NotImplementedError
@@ -240,14 +242,14 @@ class PackageContract:
 
     # ------------------------------------------------------------------------------ machinery
 
-    @pytest.fixture(autouse=True)
-    def _one_quiet_thread(self) -> Iterator[None]:
-        threads = torch.get_num_threads()
+    def setup_method(self) -> None:
+        """One thread, as in the processes: the order of float sums depends on their number."""
+        self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-        torch.set_num_threads(threads)
+
+    def teardown_method(self) -> None:
+        """As many threads as before."""
+        torch.set_num_threads(self._threads)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Makes a test of every module, recipe and bad input."""

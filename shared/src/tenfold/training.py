@@ -1,9 +1,8 @@
 """Runs that can be stopped at any moment and give the same weights when resumed.
 
-Three parts make it exact. Randomness is a function of where a run stands (`mix`, `item_rng`,
-`StepSeed`, and the loaders of `tenfold.data`), so that no generator has to be restored.
-`Resumable` saves between two training batches, when every hook of the last one has run. What
-Lightning restores by itself (weights, buffers, optimizers, schedulers, counters) it restores.
+Randomness is a function of where a run stands (`mix`, `item_rng`, `StepSeed`, and the loaders of
+`tenfold.data`), so that no generator has to be restored. `Resumable` saves between two training
+batches, when every hook of the last one has run. Lightning restores the rest.
 """
 
 import os
@@ -101,10 +100,7 @@ class StopOnBadLoss(Callback):
     """Ends training when the loss stays NaN or infinite; `Resumable` keeps the last good state.
 
     It reads the loss that `training_step` returns (itself or under "loss"). From the first bad one
-    on `Resumable` saves nothing until the loss is finite again.
-
-    Args:
-        patience: bad losses in a row that end training.
+    on `Resumable` saves nothing until the loss is finite again; `patience` in a row end training.
     """
 
     def __init__(self, patience: int = 10) -> None:
@@ -120,11 +116,8 @@ class StopOnBadLoss(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor):
             return
-        if torch.isfinite(loss).all():
-            self.bad_losses = 0
-            return
         self._since = self._since if self.bad_losses else trainer.global_step
-        self.bad_losses += 1
+        self.bad_losses = 0 if torch.isfinite(loss).all() else self.bad_losses + 1
         if self.bad_losses >= self.patience:
             self._stop(trainer, "the loss is NaN or infinite")
 
@@ -136,9 +129,8 @@ class StopOnBadLoss(Callback):
     def healthy(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the present state is worth keeping, the same answer on every rank.
 
-        Raises:
-            UserError: if losses are finite but weights or buffers are not (NaN statistics of a
-                norm never recover, and do not show in the training loss).
+        Raises UserError if losses are finite but weights or buffers are not: NaN statistics of a
+        norm never recover, and do not show in the training loss.
         """
         finite = [p.isfinite().all() for p in pl_module.parameters() if p.is_floating_point()]
         finite += [~b.isnan().any() for b in pl_module.buffers() if b.is_floating_point()]
@@ -159,10 +151,9 @@ class StopOnBadLoss(Callback):
 
 
 class Interrupted(BaseException):
-    """A signal ended the run in good order; the command line turns it into exit status 130.
+    """A signal ended the run; the command line turns it into exit status 130.
 
-    Not a KeyboardInterrupt: Lightning would make that `sys.exit(1)`. `checkpoint` is where to
-    resume, None if nothing has been saved.
+    Not a KeyboardInterrupt, which Lightning makes `sys.exit(1)`. `checkpoint` is None if unsaved.
     """
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
@@ -193,8 +184,8 @@ class Resumable(Callback):
     raises `Interrupted`; a second one raises it at once. Put it first in the list of callbacks:
     what others do at the start of a batch then belongs to the part that is done again.
 
-    Lightning does not call `on_train_epoch_start` again when an epoch is resumed: what it sets
-    must be in the state dict or follow from the epoch.
+    Lightning does not repeat `on_train_epoch_start` when an epoch is resumed: what it sets must be
+    in the state dict. Nor does it keep the means that `log(on_epoch=True)` has begun.
 
     Args:
         every_n_steps: optimizer steps between saves, None for no such rule.
@@ -240,10 +231,9 @@ class Resumable(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """All hooks of the last batch, its validation and epoch end have run: the time to save."""
-        if trainer.global_step == self._seen:  # gradients of one step are still gathering
-            return
-        self._seen = trainer.global_step
-        self._save_or_stop(trainer, pl_module, "between batches", due=self._due(trainer))
+        if trainer.global_step != self._seen:  # else gradients of one step are still gathering
+            self._seen = trainer.global_step
+            self._save_or_stop(trainer, pl_module, "between batches", due=self._due(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves before each validation, so that it can be broken off and done again."""
@@ -280,13 +270,12 @@ class Resumable(Callback):
             _start_of_validation(checkpoint["loops"]["fit_loop"])
 
     def _due(self, trainer: Trainer) -> bool:
-        steps = trainer.global_step - self._saved[0]
-        seconds = time.monotonic() - self._saved_time
-        by_steps = self.every_n_steps is not None and steps >= self.every_n_steps
-        return by_steps or (self.every_n_seconds is not None and seconds >= self.every_n_seconds)
+        steps, seconds = self.every_n_steps, self.every_n_seconds
+        by_steps = steps is not None and trainer.global_step - self._saved[0] >= steps
+        return by_steps or (seconds is not None and time.monotonic() - self._saved_time >= seconds)
 
     def _save_or_stop(
-        self, trainer: Trainer, pl_module: LightningModule, form: _Form, due: bool
+        self, trainer: Trainer, module: LightningModule, form: _Form, due: bool
     ) -> None:
         wish = 2 if self._signum is not None else int(due)
         if trainer.world_size > 1:  # signals and clocks differ between ranks: the greatest wins
@@ -296,13 +285,13 @@ class Resumable(Callback):
         if self._at_start:  # nothing has happened since the state that fit was given
             self._at_start, self._saved = False, here
         if wish and self._saved != here:
-            self._save(trainer, pl_module, form)
+            self._save(trainer, module, form)
         if wish == 2:
             raise self._interrupted(trainer, self._signum or signal.SIGINT)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, form: _Form) -> None:
+    def _save(self, trainer: Trainer, module: LightningModule, form: _Form) -> None:
         guards = [c for c in _callbacks(trainer) if isinstance(c, StopOnBadLoss)]
-        if not all(guard.healthy(trainer, pl_module) for guard in guards):
+        if not all(guard.healthy(trainer, module) for guard in guards):
             return
         path = Path(self.dirpath or trainer.default_root_dir) / LAST
         self._form = form
@@ -334,8 +323,8 @@ class Resumable(Callback):
 def _end_of_last_batch(loop: dict[str, Any]) -> None:
     """Turns "next batch fetched" into "at the end of the last one", a restart Lightning knows.
 
-    From there it goes on with the next batch, without repeating the hooks and the validation that
-    have been run. Source: `_TrainingEpochLoop.reset` and `update_restart_stage`, Lightning 2.6.
+    It goes on with the next batch and repeats no hook and no validation: see
+    `_TrainingEpochLoop.reset` and `update_restart_stage` of Lightning 2.6.
     """
     progress = loop["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):

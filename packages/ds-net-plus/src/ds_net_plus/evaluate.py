@@ -7,10 +7,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from tenfold.errors import UserError
 from torch import Tensor
 
 from ds_net_plus.model import DynamicNet, choose_routes
+from tenfold.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ _PORTS = {
 }
 # neither is the batch size that a dynamic axis was traced with
 _TRACED, _CHECKED = 2, (1, 3)
+_LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 Run = Callable[[Tensor], Any]  # input -> output, or a tuple of outputs
 
@@ -92,7 +93,7 @@ class _Plan:
         shape = (batch, self.net.in_channels, self.size, self.size)
         x = torch.randn(shape, generator=generator)
         x = self.net.front(x).features if _PORTS[kind][0] == "features" else x
-        return x.contiguous(memory_format=_layout(self.channels_last))
+        return x.contiguous(memory_format=_LAYOUTS[self.channels_last])
 
 
 def export_routes(
@@ -118,8 +119,7 @@ def export_routes(
         batch: "dynamic", or a fixed batch size.
         fold_bn: fold the batch norms into the convolutions.
         channels_last: keep weights and activations in that memory format.
-        preprocessing: what images go through before the network (mean, std, resize), for the
-            manifest.
+        preprocessing: what images go through before (mean, std, resize), for the manifest.
 
     Returns:
         One entry for each part and format.
@@ -132,10 +132,10 @@ def export_routes(
     _check_formats(formats)
     if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
         raise UserError(f"batch must be 'dynamic' or a size from 1 on, got {batch!r}")
+    net = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
     check_statistics(net, chosen)
     if net.gate_trained is False:
         log.warning("the gate is untrained: the exported gate logits mean nothing yet")
-    net = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
     fixed = None if batch == "dynamic" else int(batch)
     plan = _Plan(net, image_size or net.image_size, fixed, fold_bn, channels_last)
     folder = Path(folder)
@@ -164,22 +164,14 @@ def _check_routes(net: DynamicNet, routes: RouteLike | Sequence[RouteLike]) -> l
 
 
 def _check_formats(formats: Sequence[str]) -> None:
-    unknown = [name for name in formats if name not in SUFFIXES]
+    unknown = ", ".join(repr(name) for name in formats if name not in SUFFIXES)
     if unknown or not formats:
-        raise UserError(
-            f"unknown export format {', '.join(map(repr, unknown)) or 'none'}",
-            fix=f"choose from {', '.join(SUFFIXES)}",
-        )
+        fix = f"choose from {', '.join(SUFFIXES)}"
+        raise UserError(f"unknown export format {unknown or 'none'}", fix=fix)
     needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
-    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    lacking = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
     if lacking:
-        raise UserError(
-            f"format onnx needs {', '.join(lacking)}", fix="pip install ds-net-plus[export]"
-        )
-
-
-def _layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+        raise UserError(f"format onnx needs {lacking}", fix="pip install ds-net-plus[export]")
 
 
 def _name(kind: str, route: RouteLike | None) -> str:
@@ -210,7 +202,7 @@ def _export_part(
 ) -> list[Exported]:
     """Writes one part in every format, and compares each file with the sliced network."""
     module = _plain(plan.net, kind, route, plan.fold_bn)
-    module = module.to(memory_format=_layout(plan.channels_last))  # pyright: ignore[reportCallIssue]
+    module = module.to(memory_format=_LAYOUTS[plan.channels_last])  # pyright: ignore[reportCallIssue]
     program = None
     if set(formats) - {"torch"}:
         shapes = None if plan.batch else ({0: torch.export.Dim("batch")},)
@@ -225,10 +217,8 @@ def _export_part(
             expected = _sliced(plan.net, kind, route, x)
             deviation = max(deviation, *map(relative_deviation, _tuple(run(x)), _tuple(expected)))
         if not deviation <= TOLERANCE:
-            raise RuntimeError(
-                f"{path.name} differs from the sliced network by {deviation:.2g} of its largest "
-                f"output, more than {TOLERANCE:g}"
-            )
+            limit = f"{deviation:.2g} of its largest output, more than {TOLERANCE:g}"
+            raise RuntimeError(f"{path.name} differs from the sliced network by {limit}")
         done.append(Exported(_name(kind, route), name, path, deviation, plan.checked))
     return done
 
@@ -237,46 +227,34 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _save(
-    module: nn.Module,
-    program: torch.export.ExportedProgram | None,
-    kind: str,
-    format: str,
-    path: Path,
-) -> None:
+def _save(module: nn.Module, program: Any, kind: str, format: str, path: Path) -> None:
     if format == "torch":
         layout = torch.contiguous_format  # the only one that safetensors knows
         state = {k: v.clone(memory_format=layout) for k, v in module.state_dict().items()}
         safetensors.torch.save_file(state, path)
-        return
-    assert program is not None
-    if format == "onnx":
-        inputs, outputs = _PORTS[kind]
-        names = {"input_names": [inputs], "output_names": list(outputs)}
-        torch.onnx.export(
-            program, (), path, dynamo=True, external_data=False, verbose=False, **names
-        )
-        return
-    with warnings.catch_warnings():
-        # weights in channels_last are whole, but not in the order that torch calls complete
-        warnings.filterwarnings("ignore", "No complete tensor found")
-        torch.export.save(program, path)
+    elif format == "onnx":
+        inputs, outputs = [_PORTS[kind][0]], list(_PORTS[kind][1])
+        options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
+        torch.onnx.export(program, (), path, input_names=inputs, output_names=outputs, **options)
+    else:
+        with warnings.catch_warnings():
+            # weights in channels_last are whole, but not in the order that torch calls complete
+            warnings.filterwarnings("ignore", "No complete tensor found")
+            torch.export.save(program, path)
 
 
 def _entry(
     plan: _Plan, kind: str, route: RouteLike | None, done: Sequence[Exported]
 ) -> dict[str, Any]:
     """A part's lines in the manifest."""
-    inputs, outputs = _PORTS[kind]
-    entry: dict[str, Any] = {"name": _name(kind, route), "kind": kind, "route": route}
+    (inputs, outputs), name = _PORTS[kind], _name(kind, route)
+    entry: dict[str, Any] = {"name": name, "kind": kind, "route": route}
     entry |= {"input": inputs, "outputs": list(outputs)}
     if route is not None:
-        entry["widths"] = list(plan.net.route_widths(route))
-        entry["madds"] = plan.net.madds(route, plan.size)
-        entry["params"] = plan.net.active_params(route)
+        madds, params = plan.net.madds(route, plan.size), plan.net.active_params(route)
+        entry |= {"widths": list(plan.net.route_widths(route)), "madds": madds, "params": params}
     entry["files"] = {item.format: item.path.name for item in done}
-    entry["deviation"] = {item.format: item.deviation for item in done}
-    return entry
+    return entry | {"deviation": {item.format: item.deviation for item in done}}
 
 
 def _manifest(plan: _Plan, preprocessing: Mapping[str, object] | None) -> dict[str, Any]:
@@ -287,7 +265,7 @@ def _manifest(plan: _Plan, preprocessing: Mapping[str, object] | None) -> dict[s
         "gate": net.gate_state() | {"gate_trained": net.gate_trained},
         "decision": "route = routing_space[argmax_k(score_k - tau * madds_k / madds_last)], "
         "score = sigmoid(gate_logits) for gate_score 'probability', else gate_logits",
-        "space_madds": dict(zip(map(str, space), net.space_madds(plan.size), strict=True)),
+        "space_madds": dict(zip(map(str, space), net.space_madds(), strict=True)),
         "image": {
             "shape": [plan.batch or "batch", net.in_channels, plan.size, plan.size],
             "dtype": "float32",
@@ -307,13 +285,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"no finished export, {MANIFEST} is missing", where=str(folder)) from None
-    except ValueError as error:
-        raise UserError("not valid JSON", where=str(path)) from error
-    if not isinstance(manifest, dict) or "parts" not in manifest:
-        raise UserError("not the manifest of an export", where=str(path))
-    return manifest
+    except (OSError, ValueError) as error:
+        raise UserError(f"no finished export, no readable {MANIFEST}", where=str(folder)) from error
+    if isinstance(manifest, dict) and "parts" in manifest:
+        return manifest
+    raise UserError("not the manifest of an export", where=str(path))
 
 
 def load_exported(folder: str | Path, part: RouteLike = "front", format: str = "torch") -> Run:
@@ -356,7 +332,7 @@ def _open(
         module = _plain(net, kind, route, recipe["fold_bn"])
     module = module.to_empty(device="cpu")
     module.load_state_dict(load_state(path))
-    return module.to(memory_format=_layout(recipe["channels_last"]))  # pyright: ignore[reportCallIssue]
+    return module.to(memory_format=_LAYOUTS[recipe["channels_last"]])  # pyright: ignore[reportCallIssue]
 
 
 def _onnx_session(path: Path) -> Run:
@@ -367,7 +343,7 @@ def _onnx_session(path: Path) -> Run:
 
     def run(x: Tensor) -> Any:
         outputs = session.run(None, {name: x.detach().cpu().contiguous().numpy()})
-        tensors = tuple(torch.from_numpy(output) for output in outputs)
-        return tensors if len(tensors) > 1 else tensors[0]
+        tensors = [torch.as_tensor(output) for output in outputs]
+        return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
     return run

@@ -14,9 +14,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from tenfold.errors import UserError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from tenfold.errors import UserError
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
@@ -74,12 +75,12 @@ class DSConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias)
 
     def forward(
-        self, x: Float[Tensor, "batch in_ height width"], out: int | None = None
+        self, input: Float[Tensor, "batch in_ height width"], out: int | None = None
     ) -> Float[Tensor, "batch out_ height2 width2"]:
         """Computes the first `out` output channels (all where None)."""
         bias = None if self.bias is None else self.bias[:out]
         return F.conv2d(
-            x, self.weight[:out, : x.shape[1]], bias, self.stride, self.padding, self.dilation
+            input, self.weight[:out, : input.shape[1]], bias, self.stride, self.padding, self.dilation
         )
 
     def materialize(self, in_: int, out: int) -> nn.Conv2d:
@@ -100,13 +101,13 @@ class DSDepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(
-        self, x: Float[Tensor, "batch channels height width"]
+        self, input: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height2 width2"]:
-        """Filters every channel of `x` by its own kernel."""
-        channels = x.shape[1]
+        """Filters every channel of `input` by its own kernel."""
+        channels = input.shape[1]
         bias = None if self.bias is None else self.bias[:channels]
         return F.conv2d(
-            x, self.weight[:channels], bias, self.stride, self.padding, 1, groups=channels
+            input, self.weight[:channels], bias, self.stride, self.padding, 1, groups=channels
         )
 
     def materialize(self, channels: int) -> nn.Conv2d:

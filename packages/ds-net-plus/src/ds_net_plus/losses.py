@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from tenfold.errors import UserError
 from torch import Tensor
+
+from tenfold.errors import UserError
 
 SGS_MODES = ("try_best", "give_up", "ladder", "none")
 
@@ -19,12 +20,12 @@ class GateSample(NamedTuple):
     Attributes:
         gate: one-hot in value, with the gradient of `soft` (straight through).
         soft: softmax of the noisy logits.
-        index: the sampled position.
+        choice: the sampled position.
     """
 
     gate: Float[Tensor, "batch routes"]
     soft: Float[Tensor, "batch routes"]
-    index: Int[Tensor, " batch"]
+    choice: Int[Tensor, " batch"]
 
 
 def gumbel_noise(logits: Float[Tensor, "batch routes"]) -> Float[Tensor, "batch routes"]:
@@ -46,9 +47,9 @@ def gumbel_gate(
     """
     noise = gumbel_noise(logits) if noise is None else noise
     soft = ((logits + noise) / temperature).softmax(1)
-    index = soft.argmax(1)
-    hard = F.one_hot(index, logits.shape[1]).to(soft.dtype)
-    return GateSample(hard - soft.detach() + soft, soft, index)
+    choice = soft.argmax(1)
+    hard = F.one_hot(choice, logits.shape[1]).to(soft.dtype)
+    return GateSample(hard - soft.detach() + soft, soft, choice)
 
 
 def sgs_targets(

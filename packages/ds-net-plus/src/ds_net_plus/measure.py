@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tenfold.device import Timing, time_interleaved
-from tenfold.errors import UserError
 from torch import Tensor, nn
 
 from ds_net_plus.layers import SwitchableBN
 from ds_net_plus.model import DynamicNet, RouteLike
 from ds_net_plus.runner import DynamicRunner
+from tenfold.device import Timing, time_interleaved
+from tenfold.errors import UserError
 
 
 @dataclass(frozen=True)

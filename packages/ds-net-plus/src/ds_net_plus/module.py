@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from tenfold.checkpoint import compare_keys, ema_decay
-from tenfold.errors import UserError
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,6 +32,8 @@ from ds_net_plus.steps import (
     sample_routes,
     stage1_step,
 )
+from tenfold.checkpoint import compare_keys, ema_decay
+from tenfold.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -364,7 +364,8 @@ class SupernetModule(NetModule):
 
     def _check_ranks(self, routes: tuple[int, ...]) -> None:
         mine = torch.tensor(routes, device=self.device)
-        if bool((self.all_gather(mine) != mine).any()):
+        gathered = self.all_gather(mine)
+        if not torch.equal(gathered, mine.expand_as(gathered)):  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
             raise RuntimeError(f"ranks sampled different routes; rank {self.global_rank}: {routes}")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from tenfold.errors import UserError
 from torch import Tensor
 
 from ds_net_plus.layers import SwitchableBN
 from ds_net_plus.model import DynamicNet
+from tenfold.errors import UserError
 
 
 @torch.no_grad()
@@ -62,7 +62,8 @@ def recalibrate(
         raise UserError("recalibration needs at least one batch of images")
     if dist.is_available() and dist.is_initialized():
         for bn in sets:
-            for statistic in (bn.running_mean, bn.running_var):
-                dist.all_reduce(statistic)
-                statistic.div_(dist.get_world_size())  # pyright: ignore[reportOptionalMemberAccess]
+            for statistic in bn.buffers():
+                if statistic.is_floating_point():
+                    dist.all_reduce(statistic)
+                    statistic.div_(dist.get_world_size())
     return count

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from tenfold.checkpoint import ema_update
-from tenfold.distillation import SoftTargetCrossEntropy
-from tenfold.errors import UserError
 from torch import Tensor
 
 from ds_net_plus.losses import GateLoss, GateSample, gumbel_gate, sgs_targets, value_loss
 from ds_net_plus.model import DynamicNet
+from tenfold.checkpoint import ema_update
+from tenfold.distillation import SoftTargetCrossEntropy
+from tenfold.errors import UserError
 
 __all__ = [
     "Stage1Output",
@@ -153,7 +153,8 @@ def drop_zero_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
         return
-    norms = torch.stack(torch._foreach_norm([p.grad for p in with_grad], float("inf")))
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads, float("inf")))  # pyright: ignore[reportPrivateImportUsage]
     for parameter, norm in zip(with_grad, norms.tolist(), strict=True):
         if norm == 0:
             parameter.grad = None
@@ -289,8 +290,15 @@ def stage2_step(
         y: labels.
         routing_space: routes that the gate's outputs stand for; the model's own where None.
         noise: Gumbel noise (batch, routes), drawn where None.
-        gate_loss, estimator, sgs: see `gate_objective`.
-        sgs_on, lambda_ce, lambda_cplx, lambda_sgs, scale, smoothing: see `GateLoss`.
+        gate_loss: "sgs" (paper) or "value".
+        estimator: "mixture" or "mask", see `gate_objective`.
+        sgs: difficulty labels, see `sgs_targets`; "none" leaves them out.
+        sgs_on: "logits", or "probs" as in the official program.
+        lambda_ce: weight of the classification loss.
+        lambda_cplx: weight of the complexity term.
+        lambda_sgs: weight of the difficulty labels.
+        scale: MAdds that count as 1 in the complexity term, the widest route's where None.
+        smoothing: label smoothing.
         backward: called with the loss; None leaves the gradients to the caller.
 
     Raises:

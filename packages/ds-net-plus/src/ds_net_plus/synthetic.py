@@ -1,13 +1,13 @@
 """glyph-mix: the embedded default task, ten classes of line glyphs, easy and hard ones mixed.
 
-Class c owns seven glyphs of an alphabet of seventy. An easy image (60 %) shows the first of them, large,
-bold and clean; a hard one (40 %) shows one of the other six, small, thin, turned, noisy and beside a
-distractor stroke. Ten easy shapes need few filters and sixty hard ones need many, while the difficulty
-itself shows in cheap early features: the situation for which a gate exists.
+Class c owns seven glyphs of an alphabet of seventy. An easy image (60 %) shows the first of them,
+large, bold and clean; a hard one (40 %) shows one of the other six, small, thin, turned, noisy and
+beside a distractor stroke. Ten easy shapes need few filters and sixty hard ones need many, while
+the difficulty itself shows in cheap early features: the situation for which a gate exists.
 
-Every image is a function of (seed, index) alone: all its random numbers come from a SplitMix64 stream
-(Steele, Lea and Flood, 2014) whose start is a hash of the two, so neither batching, nor order, nor the
-number of workers can change it.
+Every image is a function of (seed, index) alone: all its random numbers come from a SplitMix64
+stream (Steele, Lea and Flood, 2014) whose start is a hash of the two, so neither batching, nor
+order, nor the number of workers can change it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Glyphs(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What is on each image before it is drawn; lengths in pixels from the image centre, x right, y down.
+    """What is on each image before it is drawn.
+
+    Lengths in pixels from the image centre, x right, y down.
 
     The last of the five strokes is the distractor; its contrast is 0 on easy images.
     """
@@ -77,7 +79,10 @@ _DISTRACTOR_REACH = (-12.0, 12.0)
 
 
 def _signed(value: int) -> int:
-    """The int64 that has the same 64 bits as the unsigned `value` (torch has no uint64 arithmetic)."""
+    """The int64 that has the same 64 bits as the unsigned `value`.
+
+    torch has no uint64 arithmetic.
+    """
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -92,7 +97,10 @@ def _shift_right(x: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
 
 
 def _mix(x: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """SplitMix64's finaliser, a bijection of 64-bit words; int64 products wrap as unsigned ones do."""
+    """SplitMix64's finaliser, a bijection of 64-bit words.
+
+    Products of int64 wrap as unsigned ones do.
+    """
     x = (x ^ _shift_right(x, 30)).mul_(_MIX_1)
     x = (x ^ _shift_right(x, 27)).mul_(_MIX_2)
     return x ^ _shift_right(x, 31)
@@ -119,8 +127,8 @@ class _Streams:
     def normal(self, count: int) -> Float[Tensor, "batch count"]:
         """Standard normal float32 numbers: four per word, through a table of 65,536 quantiles.
 
-        A table read is several times faster than Box-Muller, and its bits cannot depend on how a vectorised
-        logarithm treats the end of a chunk. |value| <= 4.33.
+        A table read is several times faster than Box-Muller, and its bits cannot depend on how a
+        vectorised logarithm treats the end of a chunk. |value| <= 4.33.
         """
         words = self.words(-(-count // 4))
         quantiles = words.view(torch.int16)[:, :count].int().add_(1 << 15)
@@ -137,11 +145,11 @@ def _normal_quantiles() -> Float[Tensor, "65536"]:
 def alphabet() -> Float[Tensor, "70 4 2 2"]:
     """The seventy glyphs: four segments each, (x, y) ends on the lattice {-1, 0, 1}^2.
 
-    Segments have a squared length of at most 5, and two glyphs share at most two of them. The same for every
-    seed of the data, so that train and test show the same shapes.
+    Segments have a squared length of at most 5, and two glyphs share at most two of them. The same
+    for every seed of the data, so that train and test show the same shapes.
     """
     points = list(itertools.product((-1, 0, 1), repeat=2))
-    segments = [pair for pair in itertools.combinations(points, 2) if _squared_length(*pair) <= 5]
+    segments = [(a, b) for a, b in itertools.combinations(points, 2) if _squared_length(a, b) <= 5]
     generator = torch.Generator().manual_seed(_ALPHABET_SEED)
     chosen: list[frozenset[int]] = []
     while len(chosen) < NUM_CLASSES * GLYPHS_PER_CLASS:
@@ -153,7 +161,7 @@ def alphabet() -> Float[Tensor, "70 4 2 2"]:
     return torch.tensor([[segments[i] for i in sorted(glyph)] for glyph in chosen]).double()
 
 
-def _squared_length(a: tuple[int, int], b: tuple[int, int]) -> int:
+def _squared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2
 
 
@@ -165,8 +173,8 @@ class GlyphMix:
     """The generator of one split.
 
     Args:
-        size: side of the square images in pixels, at least 8. Every length of the drawing grows with it (the
-            strokes' thickness too); the noise per pixel stays.
+        size: side of the square images in pixels, at least 8. Every length of the drawing grows
+            with it (the strokes' thickness too); the noise per pixel stays.
         seed: any integer; 0 is the training split and 99 the test split of the embedded task.
 
     Example:
@@ -229,7 +237,8 @@ class GlyphMix:
     def draw(self, scene: Scene) -> Float[Tensor, "batch size size"]:
         """The ink of a scene without noise, float32 in [0, 1].
 
-        A pixel's ink is clamp(thickness + 0.5 - distance to the stroke, 0, 1), the largest over the strokes.
+        A pixel's ink is clamp(thickness + 0.5 - distance to the stroke, 0, 1), the largest over the
+        strokes.
         """
         squared = self._squared_distances(scene.ends.float())
         nearest = torch.stack(
@@ -245,7 +254,8 @@ class GlyphMix:
         """Squared distance of every pixel centre to every stroke.
 
         In the frame of a stroke (origin in its middle, first axis along it) a point (u, v) is
-        sqrt(max(|u| - length / 2, 0)^2 + v^2) away, and u and v are sums of a column and a row term.
+        sqrt(max(|u| - length / 2, 0)^2 + v^2) away, and u and v are sums of a column and a row
+        term.
         """
         middle, half = ends.mean(dim=2), (ends[:, :, 1] - ends[:, :, 0]) / 2
         half_length = half.norm(dim=2, keepdim=True)
@@ -268,7 +278,10 @@ def _rotate(points: Float[Tensor, "batch n 2 2"], degrees: Float[Tensor, "batch 
 
 
 def _draw_distractor(streams: _Streams) -> tuple[Tensor, Tensor]:
-    """One stroke (batch, 1, 2, 2) in reference pixels and its contrast relative to the glyph's (batch, 1)."""
+    """One stroke.
+
+    (batch, 1, 2, 2) in reference pixels and its contrast relative to the glyph's (batch, 1).
+    """
     length, turn, x, y, relative = streams.uniform(5).unbind(dim=1)
     half = _between(length, _DISTRACTOR_LENGTH) / 2
     angle = turn * math.pi  # a stroke has no direction: half a turn covers all
@@ -282,7 +295,8 @@ def glyph_mix(count: int, seed: int, size: int = _REFERENCE_SIZE, progress: bool
     """The first `count` images of a split.
 
     Args:
-        count: number of images, at least 1. The embedded task has 8,000 for training and 4,000 for testing.
+        count: number of images, at least 1. The embedded task has 8,000 for training and 4,000 for
+            testing.
         seed: 0 for the training split, 99 for the test split.
         size: side of the images.
         progress: show a progress bar.

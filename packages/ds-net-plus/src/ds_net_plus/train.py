@@ -7,9 +7,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from tenfold.data import DataModule, TensorItems
-from tenfold.progress import PlainProgress, on_terminal, track
-from tenfold.training import Resumable, StepSeed, StopOnBadLoss, resume_path
 from torch import Tensor
 
 from ds_net_plus.data import ImageData
@@ -17,6 +14,9 @@ from ds_net_plus.evaluate import RouteTable, collect
 from ds_net_plus.model import DynamicNet, create_model
 from ds_net_plus.module import GateBatch, GateModule, SupernetModule
 from ds_net_plus.recalibrate import recalibrate
+from tenfold.data import DataModule, TensorItems
+from tenfold.progress import PlainProgress, on_terminal, track
+from tenfold.training import Resumable, StepSeed, StopOnBadLoss, resume_path
 
 
 def make_trainer(

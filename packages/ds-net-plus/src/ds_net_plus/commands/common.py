@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from tenfold.device import pick_device
-from tenfold.errors import UserError
-
 from ds_net_plus.checkpoint import DATA, Saved, read_checkpoint
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import DynamicNet
+from tenfold.device import pick_device
+from tenfold.errors import UserError
 
 
 def open_network(ckpt: Path, weights: str, device: str = "cpu") -> tuple[Saved, DynamicNet]:

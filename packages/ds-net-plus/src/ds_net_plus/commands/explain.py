@@ -4,13 +4,13 @@ import csv
 from pathlib import Path
 
 import torch
-from tenfold.errors import UserError
-from tenfold.plotting import save
-from tenfold.progress import track
 
 from ds_net_plus.commands.common import open_data, open_network
 from ds_net_plus.model import choose_routes, tau_for_budget
 from ds_net_plus.report import gallery
+from tenfold.errors import UserError
+from tenfold.plotting import save
+from tenfold.progress import track
 
 
 def explain(

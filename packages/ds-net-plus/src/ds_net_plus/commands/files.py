@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from tenfold.errors import UserError
-
 from ds_net_plus.checkpoint import STUDENT, TEACHER, Saved
 from ds_net_plus.commands.common import beside, open_network
 from ds_net_plus.commands.stages import write
@@ -11,6 +9,7 @@ from ds_net_plus.convert import convert_official, parity_check
 from ds_net_plus.data import write_cifar10, write_parquet
 from ds_net_plus.export import export_routes
 from tenfold.checkpoint import load_state
+from tenfold.errors import UserError
 
 
 def data(

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tenfold.device import pick_device, report
-from tenfold.errors import UserError
 
 from ds_net_plus.commands.common import open_data, open_network, parse_numbers
 from ds_net_plus.evaluate import collect
@@ -24,6 +22,8 @@ from ds_net_plus.measure import (
 from ds_net_plus.model import DynamicNet, create_model
 from ds_net_plus.runner import DynamicRunner
 from ds_net_plus.train import with_space
+from tenfold.device import pick_device, report
+from tenfold.errors import UserError
 
 
 def profile(
@@ -77,7 +77,7 @@ def measured_net(model: str, ckpt: Path | None, device: str) -> DynamicNet:
     return ordinary_activations(create_model(model)).to(pick_device(device)).eval()
 
 
-class set_threads:  # noqa: N801 (reads as a function)
+class set_threads:
     """Runs a block on some number of torch threads, None for no change."""
 
     def __init__(self, threads: int | None) -> None:

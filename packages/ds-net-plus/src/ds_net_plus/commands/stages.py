@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from tenfold.errors import UserError
-from tenfold.plotting import save
 
 from ds_net_plus import recalibrate as statistics
 from ds_net_plus.checkpoint import DATA, META, STUDENT, Saved, write_checkpoint
@@ -22,8 +20,10 @@ from ds_net_plus.losses import sgs_targets
 from ds_net_plus.measure import profile_routes
 from ds_net_plus.model import DynamicNet, check_statistics, choose_routes
 from ds_net_plus.report import comparison_rows, comparison_table, gate_confusion
-from ds_net_plus.train import CachedRoutes, cache_routes, train_gate as run_stage2
-from ds_net_plus.train import training_images, with_space
+from ds_net_plus.train import CachedRoutes, cache_routes, training_images, with_space
+from ds_net_plus.train import train_gate as run_stage2
+from tenfold.errors import UserError
+from tenfold.plotting import save
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -168,7 +168,10 @@ def finish_gate(
     print(comparison_table(comparison_rows(test, points, routes=space), routes=space))
     choice = choose_routes(test.scores, test.madds, 0.0)
     targets = sgs_targets(test.correct, "ladder" if sgs == "none" else sgs)
-    picture = save(gate_confusion(test, choice, targets, routes=space, target=f"label of {sgs}"), out.with_suffix(".confusion.png"))
+    picture = save(
+        gate_confusion(test, choice, targets, routes=space, target=f"label of {sgs}"),
+        out.with_suffix(".confusion.png"),
+    )
     gated = Saved(gate_file(saved.raw), {STUDENT: net})
     print(f"wrote {write(out, gated)} and {picture}")
 

@@ -7,8 +7,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
-from tenfold.data import DataModule, Draw, ImageItems, Loader, TensorItems
-from tenfold.errors import UserError
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -21,6 +19,8 @@ from ds_net_plus.data.transforms import (
     train_transform,
 )
 from ds_net_plus.synthetic import CLASS_NAMES, MEAN, STD, Glyphs, glyph_mix
+from tenfold.data import DataModule, Draw, ImageItems, Loader, TensorItems
+from tenfold.errors import UserError
 
 GENERATED = "generated"
 TRAIN_SEED, VAL_SEED, TEST_SEED = 0, 77, 99
@@ -138,7 +138,9 @@ class ImageData(DataModule):
         self.source, self.augment = source, augment
         self.image_size = image_size or (32 if small else 224)
         self.channels = channels or (1 if source == GENERATED else 3)
-        self.mean, self.std = ((MEAN,), (STD,)) if self.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+        self.mean, self.std = (
+            ((MEAN,), (STD,)) if self.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+        )
         self.train_transform = train_transform(augment, self.image_size, self.mean, self.std)
         crop = not small and self.image_size > 64
         self.eval_transform = eval_transform(self.image_size, self.mean, self.std, crop)

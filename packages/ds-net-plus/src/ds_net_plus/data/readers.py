@@ -1,6 +1,7 @@
 """Released layouts on disk -> splits: where each image is, and its class."""
 
 import io
+import itertools
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tenfold.errors import UserError
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
@@ -192,7 +194,7 @@ def _read_cifar(
     meta: tuple[str, str, str],
 ) -> Splits:
     folder_path = root if root.name == folder else root / folder
-    needed = [*sum(files.values(), []), meta[0]]
+    needed = [*itertools.chain(*files.values()), meta[0]]
     absent = [name for name in needed if not (folder_path / name).is_file()]
     if absent:
         raise missing(source, root, f"{', '.join(absent)} missing")
@@ -227,7 +229,9 @@ def read_parquet(root: Path, image: str = "image", label: str = "label") -> Spli
     splits = {}
     for split, stems in patterns.items():
         files = sorted(
-            {str(p) for stem in stems for p in root.rglob(f"{stem}*.parquet")} if root.is_dir() else ()
+            {str(p) for stem in stems for p in root.rglob(f"{stem}*.parquet")}
+            if root.is_dir()
+            else ()
         )
         if not files:
             continue

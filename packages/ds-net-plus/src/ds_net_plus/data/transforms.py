@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tenfold.errors import UserError
 from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
+
+from tenfold.errors import UserError
 
 AUGMENTATIONS = ("none", "light", "rand-m7", "imagenet")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +55,7 @@ def train_transform(
     if augment != "none":
         steps += [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
     if augment == "rand-m7":
-        fill = tuple(int(round(255 * m)) for m in mean)
+        fill = tuple(round(255 * m) for m in mean)
         steps.append(rand_augment_transform("rand-m7-mstd0.5", {"img_mean": fill}))
     return v2.Compose([*steps, *_to_tensor(mean, std)])
 
@@ -83,7 +84,9 @@ class _Fit:
         self.size = (size, size)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return image if image.size == self.size else image.resize(self.size, Image.Resampling.BICUBIC)
+        return (
+            image if image.size == self.size else image.resize(self.size, Image.Resampling.BICUBIC)
+        )
 
 
 def _to_tensor(mean: Sequence[float], std: Sequence[float]) -> list[Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tenfold.progress import track
 from torch import Tensor
 
 from ds_net_plus.synthetic import CLASS_NAMES, MEAN, STD, glyph_mix
+from tenfold.progress import track
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from tenfold.errors import UserError
 from torch import Tensor, nn
 
 from ds_net_plus.layers import SwitchableBN
+from tenfold.errors import UserError
 
 LARGEST = "largest"
 RouteLike = int | str
@@ -168,7 +169,7 @@ class DynamicNet(nn.Module):
                 as the slimming head has outputs.
         """
         space = tuple(int(route) for route in space)
-        ascending = all(low < high for low, high in zip(space, space[1:], strict=False))
+        ascending = all(low < high for low, high in pairwise(space))
         if len(space) < 2 or not ascending or space[0] < 0 or space[-1] >= self.num_routes:
             raise UserError(
                 f"routing space {list(space)} must be two or more ascending route indices",
@@ -356,7 +357,7 @@ def check_statistics(net: DynamicNet, routes: Sequence[RouteLike]) -> None:
     """
     used: set[tuple[SwitchableBN, int]] = set()
     hooks = [
-        bn.register_forward_pre_hook(lambda layer, args: used.add((layer, args[0].shape[1])))
+        bn.register_forward_pre_hook(lambda layer, args: used.add((layer, args[0].shape[1])))  # pyright: ignore[reportArgumentType]
         for bn in net.modules()
         if isinstance(bn, SwitchableBN)
     ]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from tenfold.errors import UserError
 from torch import Tensor, nn
 
 from ds_net_plus.layers import (
@@ -27,6 +26,7 @@ from ds_net_plus.model.base import (
     half,
     plain_config,
 )
+from tenfold.errors import UserError
 
 
 class ConvBlock(nn.Module):
@@ -216,7 +216,7 @@ class DSConvNet(DynamicNet):
     def gate_parameters(self) -> list[nn.Parameter]:
         """All parameters of the gate, the output weight last."""
         hidden, head = self.gate.hidden, self.gate.head
-        return [hidden.weight, hidden.bias, head.bias, head.weight]
+        return [hidden.weight, hidden.bias, head.bias, head.weight]  # pyright: ignore[reportReturnType]
 
     def route_widths(self, route: RouteLike) -> tuple[int, ...]:
         """Widths of the gated stages."""

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from tenfold.errors import UserError
 from torch import Tensor, nn
 
 from ds_net_plus.layers import (
@@ -27,6 +26,7 @@ from ds_net_plus.model.base import (
     half,
     plain_config,
 )
+from tenfold.errors import UserError
 
 
 class DSStage(nn.Module):

@@ -1,0 +1,198 @@
+"""Does the gate beat the static routes? glyph-mix in two sizes, and CIFAR-10 images."""
+
+import gc
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ds_net_plus.tables import write_tables
+from benchmarks.results import Results
+from ds_net_plus.cli import app
+from ds_net_plus.commands.demo import (
+    measure_latency,
+    recipe_parts,
+    summarise,
+    train_both,
+)
+from ds_net_plus.commands.stages import budget_table
+from ds_net_plus.data import ImageData
+from ds_net_plus.evaluate import (
+    RouteTable,
+    calibrate_tau,
+    collect,
+    gain_at_equal_madds,
+    oracle,
+    point_at,
+    with_gate,
+)
+from ds_net_plus.model import choose_routes
+from ds_net_plus.module import SupernetModule
+from ds_net_plus.report import headline_point
+from ds_net_plus.train import CachedRoutes, train_gate, train_supernet
+
+WORK = Path("runs/benchmarks/ds-net-plus")
+TARGETS = ("none", "ib", "inplace", "ramp", "switch")
+GATED = ("none", "ib")
+BUDGETS = (0.35, 0.43, 0.5, 0.55, 0.6, 0.75)
+
+# Stage-II variants: (name, options of GateModule, steps, cached)
+GATES: tuple[tuple[str, dict[str, Any], int, bool], ...] = (
+    ("value", {"gate_loss": "value"}, 800, True),
+    ("try_best", {"gate_loss": "sgs", "sgs": "try_best"}, 600, True),
+    ("give_up", {"gate_loss": "sgs", "sgs": "give_up"}, 600, True),
+    ("ladder", {"gate_loss": "sgs", "sgs": "ladder"}, 600, True),
+    ("no_sgs", {"gate_loss": "sgs", "sgs": "none"}, 600, True),
+    ("mask_try_best", {"gate_loss": "sgs", "estimator": "mask"}, 350, False),
+    ("mask_no_sgs", {"gate_loss": "sgs", "estimator": "mask", "sgs": "none"}, 350, False),
+)
+
+
+def run(seeds: int = 5, only: str | None = None) -> None:
+    """Runs what is not in the results yet, then writes tables and plots.
+
+    Args:
+        seeds: of the tiny task; the larger one takes three.
+        only: "tiny", "wide" or "cifar".
+    """
+    results = Results("claims", "ds-net-plus")
+    if only in (None, "wide"):
+        for seed in range(min(seeds, 3)):
+            results.once(f"wide/{seed}", partial(wide_run, seed))
+    if only in (None, "tiny"):
+        for seed in range(seeds):
+            for distill in TARGETS:
+                results.once(f"tiny/{distill}/{seed}", partial(tiny_run, distill, seed))
+    if only in (None, "cifar") and "TENFOLD_DATA" in os.environ:
+        results.once("cifar10/0", cifar_run)
+    elif only == "cifar":
+        print("set TENFOLD_DATA to the folder of real data to run cifar")
+    write_tables(results)
+
+
+def tiny_run(distill: str, seed: int) -> dict[str, Any]:
+    """One supernet of the tiny network, and every kind of gate on it."""
+    start, parts = time.time(), recipe_parts("demo")
+    folder = WORK / f"tiny-{distill}-{seed}"
+    data = ImageData(**parts["data"]["init_args"] | {"seed": seed})
+    data.setup()
+    torch.manual_seed(seed)
+    arguments = parts["model"]["init_args"] | {"distill": distill, "seed": seed}
+    epochs = parts["trainer"]["max_epochs"]
+    module = train_supernet(
+        SupernetModule(**arguments), data, folder / "stage1", epochs=epochs, progress=False
+    )
+    net = module.evaluated().cpu()
+    test = collect(net, data.test_loader())
+    student = collect(module.net.cpu(), data.test_loader())
+    result: dict[str, Any] = {
+        "static": test.static_top1(),
+        "static_student": student.static_top1(),
+        "static_hard": hard_part(test).static_top1(),
+        "madds": test.madds,
+        "seconds_stage1": time.time() - start,
+        "oracle": point_values(test, oracle(test)),
+    }
+    if distill in GATED:
+        train, held = collect(net, data.gate_loader()), collect(net, data.calibration_loader())
+        for name, options, steps, cached in GATES:
+            source = CachedRoutes(train, 256, seed) if cached else data
+            start = time.time()
+            gate = train_gate(
+                net, source, folder / name, steps=steps, seed=seed, progress=False, **options
+            ).net
+            result[name] = gate_values(with_gate(test, gate), with_gate(held, gate))
+            result[name]["seconds"] = time.time() - start
+    print(f"tiny {distill} seed {seed}: static {result['static']}", flush=True)
+    return result
+
+
+def hard_part(table: RouteTable) -> RouteTable:
+    """The hard images of a table."""
+    assert table.hard is not None
+    keep = table.hard
+    return RouteTable(
+        table.gate_input[keep],
+        table.scores[keep],
+        table.logits[keep],
+        table.labels[keep],
+        table.madds,
+        keep[keep],
+    )
+
+
+def gate_values(test: RouteTable, held: RouteTable) -> dict[str, Any]:
+    """The gate's own decisions (tau 0), and those at every budget; tau is set on held images."""
+    assert test.hard is not None
+    values: dict[str, Any] = {"argmax": point_values(test, point_at(test, 0.0))}
+    for budget in BUDGETS:
+        tau = calibrate_tau(held.scores, held.madds, budget * held.madds[-1])
+        choice = choose_routes(test.scores, test.madds, tau).double()
+        values[f"{budget}"] = point_values(test, point_at(test, tau)) | {
+            "route_hard": float(choice[test.hard].mean()),
+            "route_easy": float(choice[~test.hard].mean()),
+        }
+    return values
+
+
+def point_values(table: RouteTable, point: Any) -> dict[str, Any]:
+    """A point with its gain over the static curve and over the widest route."""
+    return {
+        "tau": point.tau,
+        "top1": point.top1,
+        "madds_ratio": point.madds / table.madds[-1],
+        "gain": gain_at_equal_madds(point, table),
+        "against_widest": point.top1 - table.static_top1()[-1],
+        "shares": point.shares,
+    }
+
+
+def wide_run(seed: int) -> dict[str, Any]:
+    """The headline: a network large enough for the clock, MAdds and milliseconds together."""
+    gc.collect()
+    start = time.time()
+    trained = train_both("glyph-mix-64", WORK / f"wide-{seed}", seed=seed, progress=True)
+    seconds = time.time() - start
+    latency = measure_latency(trained)
+    best = headline_point(trained.table, trained.points)
+    result = summarise(trained, latency, best) | {"seconds": seconds}
+    print(f"wide seed {seed}: {result['dynamic'][best]}", flush=True)
+    return result
+
+
+def cifar_run() -> dict[str, Any]:
+    """CIFAR-10 images from parquet through the commands that a person types."""
+    root = Path(os.environ["TENFOLD_DATA"]) / "cifar10"
+    folder = WORK / "cifar10"
+    start = time.time()
+    commands = [
+        ["fit", "--config", "cifar10-cpu", "--data.root", str(root)]
+        + ["--trainer.default_root_dir", str(folder), "--resume", "auto"],
+        ["recalibrate", "--ckpt", str(folder / "last.ckpt"), "--batches", "100"],
+        ["train-gate", "--ckpt", str(folder / "last-recalibrated.ckpt")],
+    ]
+    seconds = []
+    for command in commands:
+        status = app.main(command)
+        if status:
+            raise RuntimeError(f"{command} ended with {status}")
+        seconds.append(time.time() - start)
+    return cifar_values(folder / "last-recalibrated-gate.ckpt") | {"seconds": seconds}
+
+
+def cifar_values(ckpt: Path) -> dict[str, Any]:
+    """Static curve, dynamic points and times of the finished network."""
+    from ds_net_plus.commands.common import open_data, open_network
+    from ds_net_plus.commands.demo import Trained
+
+    saved, net = open_network(ckpt, "ema")
+    data = open_data(saved, None)
+    net.budgets = budget_table(collect(net, data.calibration_loader()))
+    table = collect(net, data.test_loader())
+    points = [point_at(table, tau) for tau, _ in sorted(net.budgets, reverse=True)]
+    trained = Trained(net, data, table, points)
+    latency = measure_latency(trained)
+    return summarise(trained, latency, headline_point(table, points))

@@ -1,0 +1,85 @@
+"""Results on disk: one JSON a package and kind, resumable, and the tables made from it."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tenfold.checkpoint import atomic_file
+from tenfold.device import report
+
+FOLDER = Path(__file__).parent / "results"
+
+
+class Results:
+    """A JSON file of runs by key; a finished run is never done again."""
+
+    def __init__(self, kind: str, name: str, folder: Path = FOLDER) -> None:
+        """Opens folder/<kind>/<name>.json, or begins it."""
+        self.path = folder / kind / f"{name}.json"
+        self.content: dict[str, Any] = {"machine": report(), "runs": {}}
+        if self.path.is_file():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        """Finished runs by key."""
+        return self.content["runs"]
+
+    def once(self, key: str, work: Callable[[], Any]) -> Any:
+        """The result of `work`, done now unless the file has it; written at once."""
+        if key not in self.runs:
+            self.runs[key] = work()
+            self.write()
+        return self.runs[key]
+
+    def write(self) -> None:
+        """Writes the file, complete or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.content, indent=1, sort_keys=True) + "\n"
+        with atomic_file(self.path) as file:
+            file.write(text.encode())
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student's confidence interval over seeds; infinite for one value."""
+    data = np.asarray(values, dtype=float)
+    mean = float(data.mean())
+    if len(data) < 2:
+        return mean, -np.inf, np.inf
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(data) - 1) * stats.sem(data))
+    return mean, mean - half, mean + half
+
+
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """The mean with its interval over seeds, signed."""
+    mean, low, high = mean_interval(values)
+    if len(values) < 2:
+        return f"{mean:+.{digits}f}"
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def plain(values: Sequence[float], digits: int = 1) -> str:
+    """The mean and the standard deviation over seeds."""
+    data = np.asarray(values, dtype=float)
+    spread = f" ± {data.std(ddof=1):.{digits}f}" if len(data) > 1 else ""
+    return f"{data.mean():.{digits}f}{spread}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def replace_block(path: Path, name: str, text: str) -> None:
+    """Puts `text` between the lines <!-- name --> and <!-- /name --> of a file."""
+    content = path.read_text(encoding="utf-8")
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if start in content and end in content:
+        before, rest = content.split(start, 1)
+        after = rest.split(end, 1)[1]
+        path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")

@@ -1,0 +1,158 @@
+"""The commands as a person types them, on a network trained for seconds."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ds_net_plus.checkpoint import load_net
+from ds_net_plus.cli import app
+from PIL import Image
+
+NET = '{"stage_widths": [[4, 8], [4, 8]], "depths": [1, 1], "gate_outputs": 2, "image_size": 16}'
+
+
+def run(*argv: object) -> int:
+    return app.main([str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with last.ckpt (Stage I), recalibrated.ckpt and gate.ckpt."""
+    folder = tmp_path_factory.mktemp("run")
+    options = [
+        "--model.net", NET, "--model.lr", "0.1", "--model.schedule", "step", "--model.warmup", "0",
+        "--model.cooldown", "0", "--data.image_size", "16", "--data.train_size", "192",
+        "--data.val_size", "64", "--data.test_size", "96", "--data.batch_size", "32",
+        "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder,
+    ]  # fmt: skip
+    assert run("fit", *options) == 0
+    stage1, fixed = folder / "last.ckpt", folder / "recalibrated.ckpt"
+    assert run("recalibrate", "--ckpt", stage1, "--out", fixed, "--batches", "3") == 0
+    gate = ["--steps", "30", "--batch-size", "64", "--device", "cpu"]
+    assert run("train-gate", "--ckpt", fixed, "--out", folder / "gate.ckpt", *gate) == 0
+    return folder
+
+
+def test_the_gate_checkpoint_speaks_for_itself(folder):
+    net = load_net(folder / "gate.ckpt")
+    assert net.gate_trained
+    assert net.gate_score == "probability"
+    assert len(net.budgets) > 1
+    assert (folder / "gate.confusion.png").stat().st_size > 1000
+    supernet = load_net(folder / "recalibrated.ckpt")
+    x = torch.randn(3, 1, 16, 16)
+    assert torch.equal(net(x, route=1), supernet(x, route=1))
+
+
+@pytest.mark.parametrize("route", ["0", "largest", "dynamic"])
+def test_test_reports_accuracy_and_cost(folder, route, capsys):
+    assert run("test", "--ckpt", folder / "gate.ckpt", "--route", route) == 0
+    told = capsys.readouterr().out
+    assert "test/top1" in told
+    if route != "dynamic":
+        net = load_net(folder / "gate.ckpt")
+        cost = net.madds(int(route) if route.isdigit() else route)
+        assert f"{float(cost):.1f}"[:6] in told.replace(",", "")
+
+
+def test_dynamic_test_without_a_gate_is_refused(folder, capsys):
+    assert run("test", "--ckpt", folder / "recalibrated.ckpt") == 2
+    assert "train-gate" in capsys.readouterr().err
+
+
+def test_an_unmeasured_route_is_refused(folder, tmp_path, capsys):
+    raw = torch.load(folder / "last.ckpt", weights_only=True)
+    for key in raw["state_dict"]:
+        if key.endswith("running_mean"):
+            raw["state_dict"][key].zero_()
+        if key.endswith("running_var"):
+            raw["state_dict"][key].fill_(1)
+    torch.save(raw, tmp_path / "raw.ckpt")
+    assert run("test", "--ckpt", tmp_path / "raw.ckpt", "--route", "0") == 2
+    assert "recalibrate" in capsys.readouterr().err
+
+
+def test_calibrate_budget_stores_a_tau_that_test_can_use(folder, tmp_path, capsys):
+    out = tmp_path / "budget.ckpt"
+    given = ["--ckpt", folder / "gate.ckpt", "--out", out, "--device", "cpu"]
+    assert run("calibrate-budget", *given, "--target-saving", "1.3") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[0])
+    net = load_net(out)
+    assert found["mean_madds"] <= net.madds(1) / 1.3
+    assert [found["tau"], found["mean_madds"]] in [list(pair) for pair in net.budgets]
+    assert run("test", "--ckpt", out, "--budget", "0.8") == 0
+    assert run("test", "--ckpt", out, "--budget", "0.01") == 2
+    assert "not feasible" in capsys.readouterr().err
+    assert run("calibrate-budget", *given, "--target-madds", "1") == 2
+    assert "outside what the routes can do" in capsys.readouterr().err
+    assert run("calibrate-budget", *given, "--target-ms", "5", "--target-madds", "1") == 2
+
+
+def test_profile_writes_what_it_prints(tmp_path, capsys):
+    given = ["--model", "ds_cnn_tiny", "--latency", "--batch", "2", "--out", tmp_path]
+    assert run("profile", *given) == 0
+    assert "24/48" in capsys.readouterr().out
+    content = json.loads((tmp_path / "profile.json").read_text())
+    assert [row["madds"] for row in content["routes"]] == [245_688, 429_168, 716_328, 1_107_168]
+    with (tmp_path / "profile.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["widths"] for row in rows] == ["6/12", "12/24", "18/36", "24/48"]
+    assert all(float(row["ms_batch2"]) > 0 for row in rows)
+
+
+def test_benchmark_compares_all_executions(folder, tmp_path, capsys):
+    out = tmp_path / "b.json"
+    shares = ["--model", "ds_cnn_tiny", "--mix", "0.5,0.25,0.25,0", "--batch", "8"]
+    assert run("benchmark", *shares, "--repeats", "2", "--out", out) == 0
+    result = json.loads(out.read_text())
+    assert result["counts"] == [4, 2, 2, 0]
+    costs = [245_688, 429_168, 716_328, 1_107_168]
+    mean = (4 * costs[0] + 2 * costs[1] + 2 * costs[2]) / 8
+    assert result["madds_ratio"] == pytest.approx(mean / costs[3])
+    assert set(result["time_ratio"]) >= {"grouped", "masked", "per image", "widest"}
+    assert run("benchmark", "--ckpt", folder / "gate.ckpt", "--batch", "8", "--repeats", "1") == 0
+    assert run("benchmark", "--mix", "0.5,0.6") == 2
+    assert "shares" in capsys.readouterr().err
+
+
+def test_search_routes_suggests_a_space(folder, capsys):
+    given = ["--ckpt", folder / "recalibrated.ckpt", "--device", "cpu", "--count", "2"]
+    status = run("search-routes", *given)
+    told = capsys.readouterr()
+    # a network trained for seconds may have one Pareto route only, which is said
+    assert status in (0, 2)
+    assert "--routing-space 0,1" in told.out if status == 0 else "only one route" in told.err
+
+
+def test_explain_tells_every_image(folder, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(3):
+        Image.new("L", (20 + n, 20), 60 * n).save(pictures / f"{n}.png")
+    (pictures / "bad.png").write_bytes(b"no image")
+    given = ["--ckpt", folder / "gate.ckpt", "--images", pictures, "--device", "cpu"]
+    assert run("explain", *given, "--out", tmp_path / "a") == 2
+    assert "bad.png" in capsys.readouterr().err
+    assert run("explain", *given, "--out", tmp_path / "b", "--on-error", "skip") == 0
+    with (tmp_path / "b" / "routes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    net = load_net(folder / "gate.ckpt")
+    for row in rows:
+        assert int(row["madds"]) == net.madds(int(row["route"]))
+        assert 0 <= float(row["p_route0"]) <= 1
+    assert (tmp_path / "b" / "gallery.png").stat().st_size > 1000
+
+
+def test_data_writes_what_fit_reads(tmp_path, capsys):
+    assert run("data", "--out", tmp_path, "--train", "12", "--test", "4", "--size", "16") == 0
+    assert "--data.source parquet" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["test.parquet", "train.parquet"]
+    assert run("data", "--layout", "tar") == 2
+
+
+def test_predict_works_from_a_checkpoint(folder):
+    assert run("predict", "--ckpt", folder / "gate.ckpt", "--route", "dynamic") == 0

@@ -1,0 +1,173 @@
+"""Lightning modules: schedules, what is trained and what is not, warnings, evaluation."""
+
+import logging
+import math
+
+import pytest
+import torch
+from ds_net_plus.data import ImageData
+from ds_net_plus.evaluate import collect
+from ds_net_plus.model import DSConvNet
+from ds_net_plus.module import (
+    GateModule,
+    SupernetModule,
+    learning_rate_factor,
+    parse_route,
+    start_from,
+)
+from ds_net_plus.train import (
+    CachedRoutes,
+    make_trainer,
+    train_gate,
+    train_supernet,
+    with_space,
+)
+from tenfold.errors import UserError
+
+TINY = {"stage_widths": [[4, 8], [4, 8]], "depths": [1, 1], "gate_outputs": 2, "image_size": 16}
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    made = ImageData(image_size=16, train_size=96, val_size=32, test_size=40, batch_size=32)
+    made.setup()
+    return made
+
+
+def supernet(**options: object) -> SupernetModule:
+    torch.manual_seed(0)
+    return SupernetModule(net=TINY, lr=0.1, warmup=0, cooldown=0, schedule="step", **options)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> SupernetModule:
+    folder = tmp_path_factory.mktemp("stage1")
+    return train_supernet(supernet(), data, folder, epochs=2, recalibration=2, progress=False)
+
+
+def test_learning_rate_by_hand():
+    args = {"total": 20, "warmup": 5, "cooldown": 4, "start": 0.1, "floor": 0.01}
+    assert learning_rate_factor(0, **args) == pytest.approx(0.1)
+    assert learning_rate_factor(2.5, **args) == pytest.approx(0.55)
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 8 / 16))
+    assert learning_rate_factor(8, **args) == pytest.approx(cosine)
+    assert learning_rate_factor(16, **args) == learning_rate_factor(19, **args) == 0.01
+
+
+def test_stage1_trains_the_supernet_and_leaves_the_gate(trained):
+    fresh = supernet()
+    gate = {id(p) for p in trained.net.gate_parameters()}
+    moved = {
+        name: not torch.equal(p, q)
+        for (name, p), q in zip(
+            trained.net.named_parameters(), fresh.net.parameters(), strict=True
+        )
+        if id(p) not in gate
+    }
+    assert all(moved.values()), moved
+    for p, q in zip(trained.net.gate_parameters(), fresh.net.gate_parameters(), strict=True):
+        assert torch.equal(p, q)
+    teacher, student = trained.teacher.state_dict(), trained.net.state_dict()
+    assert any(not torch.equal(teacher[k], student[k]) for k in student)
+    assert not any(p.requires_grad for p in trained.teacher.parameters())
+
+
+def test_official_schedule_moves_once_an_epoch(data, tmp_path):
+    torch.manual_seed(0)
+    module = SupernetModule(
+        net=TINY, lr=0.5, warmup=1, cooldown=0, warmup_lr=0.05, min_lr=0.0, schedule="epoch"
+    )
+    rates = []
+    module.on_train_batch_end = lambda *_: rates.append(module.optimizers().param_groups[0]["lr"])
+    make_trainer(tmp_path, epochs=2, progress=False).fit(module, datamodule=data)
+    assert rates == pytest.approx([0.05] * 3 + [0.25] * 3)
+
+
+def test_no_decay_on_biases_and_norms():
+    module = supernet()
+    module._steps = lambda: 10
+    module.trainer = type("T", (), {"max_epochs": 1})()
+    [optimizer], _ = module.configure_optimizers()
+    decayed, free = optimizer.param_groups
+    assert decayed["weight_decay"] == 1e-4
+    assert free["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim <= 1 for p in free["params"])
+
+
+def test_a_teacher_that_cannot_follow_is_told(data, tmp_path, caplog):
+    slow = supernet(ema=0.9999, ema_warmup=False)
+    make_trainer(tmp_path, epochs=1, progress=False).fit(slow, datamodule=data)
+    assert "teacher still more than half initial weights" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path / "b", epochs=1, progress=False).fit(supernet(), datamodule=data)
+    assert "teacher still" not in caplog.text
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_stage2_trains_the_gate_alone(trained, data, tmp_path, cached):
+    net = trained.evaluated()
+    table = collect(net, data.gate_loader())
+    source = CachedRoutes(table, 32, 0) if cached else data
+    gate = train_gate(net, source, tmp_path, steps=6, progress=False, gate_loss="sgs").net
+    heads = {name for name, p in gate.named_parameters() if p.requires_grad}
+    for name, parameter in gate.named_parameters():
+        same = torch.equal(parameter, dict(net.named_parameters())[name])
+        assert same != (name in heads), name
+    for name, buffer in gate.named_buffers():
+        assert torch.equal(buffer, dict(net.named_buffers())[name]), name
+    assert gate.gate_trained
+
+
+def test_a_collapsed_gate_is_told(trained, data, tmp_path, caplog):
+    table = collect(trained.evaluated(), data.gate_loader())
+    source = CachedRoutes(table, 32, 0)
+    options = {"gate_loss": "sgs", "sgs": "none", "lambda_ce": 0.0, "lambda_cplx": 100.0}
+    with caplog.at_level(logging.WARNING):
+        train_gate(trained.evaluated(), source, tmp_path, steps=60, progress=False, **options)
+    assert "gate collapse" in caplog.text
+
+
+def test_a_new_routing_space_keeps_the_supernet():
+    torch.manual_seed(0)
+    net = DSConvNet()
+    other = with_space(net, (0, 3))
+    x = torch.randn(2, 1, 32, 32)
+    assert other.gate_outputs == 2
+    assert torch.equal(other(x, route=3), net.eval()(x, route=3))
+
+
+def test_starting_from_other_weights_leaves_a_classifier_of_other_size(tmp_path):
+    from ds_net_plus.checkpoint import save_net
+
+    source = DSConvNet(num_classes=7)
+    save_net(tmp_path / "a", source)
+    target = DSConvNet(num_classes=10)
+    before = target.classifier.weight.clone()
+    start_from(target, str(tmp_path / "a"))
+    assert torch.equal(target.stem[0].conv.weight, source.stem[0].conv.weight)
+    assert torch.equal(target.classifier.weight, before)
+    with pytest.raises(UserError, match="another network"):
+        start_from(DSConvNet(front_widths=(4, 8)), str(tmp_path / "a"))
+
+
+def test_routes_of_the_command_line():
+    net = DSConvNet()
+    assert parse_route(net, "dynamic") is None
+    assert parse_route(net, "2") == 2
+    assert parse_route(net, "largest") == "largest"
+    for wrong in ("9", "-1", "wide"):
+        with pytest.raises(UserError, match="does not exist"):
+            parse_route(net, wrong)
+
+
+def test_options_that_do_not_exist_are_named():
+    for options, message in (
+        ({"schedule": "day"}, "schedule"),
+        ({"weights": "best"}, "weights"),
+        ({"arch": "resnet"}, "no model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SupernetModule(**options)
+    with pytest.raises(UserError, match="optimizer"):
+        GateModule(optimizer="lion")
