@@ -75,7 +75,7 @@ def run(seeds: int = 5, only: str | None = None) -> None:
 
 def tiny_run(distill: str, seed: int) -> dict[str, Any]:
     """One supernet of the tiny network, and every kind of gate on it."""
-    start, parts = time.time(), recipe_parts("demo")
+    start, parts = time.time(), recipe_parts("glyph-mix")
     folder = WORK / f"tiny-{distill}-{seed}"
     data = ImageData(**parts["data"]["init_args"] | {"seed": seed})
     data.setup()
@@ -154,7 +154,7 @@ def wide_run(seed: int) -> dict[str, Any]:
     """The headline: a network large enough for the clock, MAdds and milliseconds together."""
     gc.collect()
     start = time.time()
-    trained = train_both("glyph-mix-64", WORK / f"wide-{seed}", seed=seed, progress=True)
+    trained = train_both("glyph-mix-48", WORK / f"wide-{seed}", seed=seed, progress=True)
     seconds = time.time() - start
     latency = measure_latency(trained)
     best = headline_point(trained.table, trained.points)
@@ -168,9 +168,9 @@ def cifar_run() -> dict[str, Any]:
     root = Path(os.environ["TENFOLD_DATA"]) / "cifar10"
     folder = WORK / "cifar10"
     start = time.time()
+    there = ["--trainer.default_root_dir", str(folder), "--resume", "auto"]
     commands = [
-        ["fit", "--config", "cifar10-cpu", "--data.root", str(root)]
-        + ["--trainer.default_root_dir", str(folder), "--resume", "auto"],
+        ["fit", "--config", "cifar10-cpu", "--data.root", str(root), *there],
         ["recalibrate", "--ckpt", str(folder / "last.ckpt"), "--batches", "100"],
         ["train-gate", "--ckpt", str(folder / "last-recalibrated.ckpt")],
     ]

@@ -138,7 +138,7 @@ class Sound(PackageContract):
         (["fit", "--config", "tiny"], "the recipes are small, vast"),
         (["fit", "--model.width=0"], "width 0 must be at least 1"),
         (["fit", "--data.items=0"], "items 0"),
-        (["refuse", "{folder}/file"], "no good file"),
+        (["refuse", "file"], "no good file"),
     )
     defect = ""
 

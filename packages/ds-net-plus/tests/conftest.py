@@ -4,6 +4,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+# Two processes share the cores, and tiny convolutions are slow on many threads.
+torch.set_num_threads(1)
+
 # Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).
 install_import_hook(
     ["tenfold", "ds_net_plus"],

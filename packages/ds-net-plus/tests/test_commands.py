@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_net_plus.checkpoint import load_net
-from ds_net_plus.cli import app
 from PIL import Image
 
-NET = '{"stage_widths": [[4, 8], [4, 8]], "depths": [1, 1], "gate_outputs": 2, "image_size": 16}'
+from ds_net_plus.checkpoint import load_net
+from ds_net_plus.cli import app
+
+NET = (
+    '{"front_widths": [4], "stage_widths": [[4, 16], [4, 24]], "depths": [1, 1], '
+    '"gate_outputs": 2, "image_size": 16}'
+)
 
 
 def run(*argv: object) -> int:
@@ -40,7 +44,8 @@ def test_the_gate_checkpoint_speaks_for_itself(folder):
     net = load_net(folder / "gate.ckpt")
     assert net.gate_trained
     assert net.gate_score == "probability"
-    assert len(net.budgets) > 1
+    assert net.budgets
+    assert all(cost <= net.madds(1) for _, cost in net.budgets)
     assert (folder / "gate.confusion.png").stat().st_size > 1000
     supernet = load_net(folder / "recalibrated.ckpt")
     x = torch.randn(3, 1, 16, 16)

@@ -1,33 +1,84 @@
 """The contract of every package (`tenfold.testing`), kept by both training stages."""
 
+from itertools import pairwise
+from pathlib import Path
+
 import torch
+from PIL import Image
+from torch import nn
 
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import DynamicNet
-from ds_net_plus.module import GateModule, NetModule, SupernetModule
+from ds_net_plus.module import GateModule, SupernetModule
 from ds_net_plus.recalibrate import recalibrate
 from tenfold.testing import PackageContract
+from tenfold.training import LAST
+
+MBNET = 7_676_204  # with 1000 classes
+CLASS = 1152 + 1  # what a class costs in DS-MBNet's classifier
+
+
+def cnn_parameters(colours: int, front: list[int], stages: list[int], hidden: int) -> int:
+    """DS-CNN, counted by hand: convolutions and norms, gate of four outputs, ten classes."""
+    blocks = [colours, *front, *(width for width in stages for _ in range(2))]
+    convs = sum(9 * a * b + 2 * b for a, b in pairwise(blocks))
+    gate = (2 * front[-1] + 1) * hidden + (hidden + 1) * 4
+    return convs + gate + (stages[-1] + 1) * 10
 
 
 def ready(net: DynamicNet) -> None:
     """Measured statistics and a gate that uses several routes: what dynamic inference needs."""
-    shape = (16, net.in_channels, net.image_size, net.image_size)
-    recalibrate(net, [torch.randn(shape)])
-    torch.nn.init.normal_(net.gate_parameters()[-1])
+    recalibrate(net, [torch.randn(16, net.in_channels, net.image_size, net.image_size)])
+    nn.init.normal_(net.gate_parameters()[-1])
     net.gate_trained = True
 
 
 class TestContract(PackageContract):
     cli = "ds_net_plus.cli:app"
     modules = ("supernet", "gate")
+    parameter_counts = {  # noqa: RUF012
+        "imagenet": MBNET,
+        "cifar10": MBNET - 990 * CLASS,
+        "cifar10-transfer": MBNET - 990 * CLASS,
+        "cifar100": MBNET - 900 * CLASS,
+        "cifar100-transfer": MBNET - 900 * CLASS,
+        "demo": cnn_parameters(1, [8, 8], [24, 48], 32),
+        "glyph-mix-64": cnn_parameters(1, [8, 8], [96, 192], 32),
+        "cifar10-cpu": cnn_parameters(3, [16, 24], [96, 192], 64),
+    }
+    bad_inputs = (
+        (["fit", "--config", "nosuch"], "the recipes are cifar10"),
+        (["fit", "--model.arch", "ds_huge"], "choose from ds_mbnet"),
+        (["fit", "--route", "9"], "0 (widths 6/12, 0.2 M MAdds)"),
+        (["fit", "--model.net", '{"stage_widths": [[24, 12], [24, 48]]}'], "ascending"),
+        (["fit", "--model.net", '{"widths": 3}'], "'widths'"),
+        (["fit", "--model.weights", "best"], "ema, student"),
+        (["fit", "--data.source", "mnist"], "generated"),
+        (["fit", "--data.source", "cifar10", "--data.root", "nowhere"], "data_batch_1"),
+        (["fit", "--data.source", "imagefolder", "--data.root", "tree"], "differ: dog"),
+        (["test", "--ckpt", "nowhere.ckpt"], "no such checkpoint"),
+        (["test", "--ckpt", "torn.ckpt"], "cut short"),
+        (["test", "--ckpt", "no-gate.ckpt"], "train-gate"),
+        (["test", "--ckpt", "unmeasured.ckpt", "--route", "0"], "recalibrate"),
+        (["test", "--ckpt", "good.ckpt", "--model.arch", "ds_cnn_wide"], "another"),
+        (["test", "--ckpt", "good.ckpt", "--budget", "0.5"], "calibrate-budget"),
+        (["predict", "--ckpt", "good.ckpt", "--data.predict_root", "images"], "torn.png"),
+        (["train-gate", "--ckpt", "good.ckpt", "--routing-space", "3,1"], "ascending"),
+        (["train-gate", "--ckpt", "good.ckpt", "--routing-space", "0,9"], "0 (widths 6/12"),
+        (["train-gate", "--ckpt", "good.ckpt", "--routing-space", "one"], "got 'one'"),
+        (["calibrate-budget", "--ckpt", "good.ckpt", "--target-madds", "1"], "choose"),
+        (["calibrate-budget", "--ckpt", "good.ckpt"], "--target-saving"),
+        (["explain", "--ckpt", "good.ckpt", "--images", "nowhere"], "no such folder"),
+        (["recalibrate", "--ckpt", "good.ckpt", "--batches", "many"], "--batches"),
+    )
 
-    def supernet(self) -> NetModule:
+    def supernet(self) -> SupernetModule:
         module = SupernetModule(lr=0.05, warmup=0, cooldown=0, ema=0.9)
         for net in (module.net, module.teacher):
             ready(net)
         return module
 
-    def gate(self) -> NetModule:
+    def gate(self) -> GateModule:
         module = GateModule()
         ready(module.net)
         return module
@@ -35,6 +86,22 @@ class TestContract(PackageContract):
     def data(self) -> ImageData:
         return ImageData(batch_size=8, train_size=32, val_size=8, test_size=16)
 
-    def exported(self):
-        net = self.supernet().net
-        return net.materialize(2), (torch.randn(2, 1, 32, 32),)
+    def exported(self) -> tuple[nn.Module, tuple[torch.Tensor]]:
+        return self.supernet().net.materialize(2), (torch.randn(2, 1, 32, 32),)
+
+    def prepare_bad_inputs(self, folder: Path) -> None:
+        for name in ("train/cat", "train/dog", "val/cat"):
+            (folder / "tree" / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(folder / "tree" / name / "1.png")
+        (folder / "images").mkdir()
+        (folder / "images/torn.png").write_bytes((folder / "tree/val/cat/1.png").read_bytes()[:50])
+        good = (self.finished("supernet")[0] / LAST).read_bytes()
+        (folder / "good.ckpt").write_bytes(good)
+        (folder / "torn.ckpt").write_bytes(good[:-1000])
+        raw = torch.load(folder / "good.ckpt", weights_only=True)
+        raw["ds_net_plus"]["gate"]["gate_trained"] = False
+        torch.save(raw, folder / "no-gate.ckpt")
+        for key, tensor in raw["state_dict"].items():
+            if "running" in key:
+                tensor.fill_(float(key.endswith("var")))
+        torch.save(raw, folder / "unmeasured.ckpt")

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from ds_net_plus.data import ImageData, write_cifar10, write_parquet
 from ds_net_plus.data.writers import to_uint8
 from ds_net_plus.synthetic import MEAN, STD, glyph_mix
-from PIL import Image
 from tenfold.data import Draw
 from tenfold.errors import UserError
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import collect
 from ds_net_plus.model import DSConvNet
@@ -59,9 +60,7 @@ def test_stage1_trains_the_supernet_and_leaves_the_gate(trained):
     gate = {id(p) for p in trained.net.gate_parameters()}
     moved = {
         name: not torch.equal(p, q)
-        for (name, p), q in zip(
-            trained.net.named_parameters(), fresh.net.parameters(), strict=True
-        )
+        for (name, p), q in zip(trained.net.named_parameters(), fresh.net.parameters(), strict=True)
         if id(p) not in gate
     }
     assert all(moved.values()), moved

@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+
 from ds_net_plus.synthetic import MEAN, STD, GlyphMix, alphabet, glyph_mix
 
 

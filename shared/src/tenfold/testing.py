@@ -65,8 +65,8 @@ class PackageContract:
         modules: methods that build a LightningModule, one for each training stage; the first is
             the app's default model.
         parameter_counts: recipe -> number of parameters of its network, as the paper has it.
-        bad_inputs: rows of (argv, what the message says); "{folder}" in argv is the folder that
-            `prepare_bad_inputs` has filled, and the working directory.
+        bad_inputs: rows of (argv, what the message says); they run in the folder that
+            `prepare_bad_inputs` has filled.
         steps: on one batch, that must take its loss to `falls_to` of what it was.
         falls_to: see `steps`.
         bf16_tolerance: of the loss under autocast, relative.
@@ -230,24 +230,24 @@ class PackageContract:
         """What a person gets wrong is told in one line, with exit status 2."""
         monkeypatch.chdir(tmp_path)
         self.prepare_bad_inputs(tmp_path)
-        argv = [argument.replace("{folder}", str(tmp_path)) for argument in argv]
-        status = self.app.main(argv)
+        status = self.app.main(list(argv))
         told = capsys.readouterr().err
         what = f"{' '.join(argv)} ended with status {status} and said:\n{told}"
         assert status == 2, what
         # Lightning may have logged something before
-        assert told.count("error: ") == 1 and "Traceback" not in told, what
+        assert told.count("error: ") == 1, what
+        assert "Traceback" not in told, what
         assert told.rstrip().splitlines()[-1].startswith("error: "), what
         assert message in told.partition("error: ")[2], f"{what}\nwithout {message!r}"
 
     # ------------------------------------------------------------------------------ machinery
 
-    def setup_method(self) -> None:
+    def setup_method(self, method: Any) -> None:
         """One thread, as in the processes: the order of float sums depends on their number."""
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
 
-    def teardown_method(self) -> None:
+    def teardown_method(self, method: Any) -> None:
         """As many threads as before."""
         torch.set_num_threads(self._threads)
 
@@ -260,7 +260,7 @@ class PackageContract:
         if "argv" in metafunc.fixturenames:
             command = "fit" if self.app.model else next(iter(self.app.commands))
             rows = [(["no-such-command"], "'no-such-command'"), ([command, "--nosuch=1"], "nosuch")]
-            rows += [(list(argv), message) for argv, message in self.bad_inputs]
+            rows += self.bad_inputs
             metafunc.parametrize(("argv", "message"), rows, ids=[" ".join(row[0]) for row in rows])
 
     @property
@@ -441,7 +441,8 @@ def _call(file: str, contract: str, method: str, *arguments: Any) -> None:
     torch.set_num_threads(1)
     # by its path, since test files need not be importable
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec and spec.loader, file
+    assert spec is not None, file
+    assert spec.loader is not None, file
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     getattr(getattr(module, contract)(), method)(*arguments)
@@ -460,9 +461,11 @@ def differences(left: Any, right: Any, tolerance: float = 0.0) -> str:
     """
     mine, theirs = dict(leaves(left)), dict(leaves(right))
     wrong = [f"{path} (in one of them)" for path in mine.keys() ^ theirs.keys()]
-    for path in mine.keys() & theirs.keys():
-        if difference := _difference(mine[path], theirs[path], tolerance):
-            wrong.append(f"{path} ({difference})")
+    wrong += [
+        f"{path} ({difference})"
+        for path in mine.keys() & theirs.keys()
+        if (difference := _difference(mine[path], theirs[path], tolerance))
+    ]
     return ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
 

@@ -214,7 +214,7 @@ def write_checkpoint(path: str | Path, saved: Saved) -> None:
         saved: networks to write.
     """
     path = Path(path)
-    raw = dict(saved.raw) if META in saved.raw else _fresh_file()
+    raw = dict(saved.raw) if META in saved.raw else _fresh_file(saved.raw)
     metadata = net_metadata(saved.evaluated)
     others = {
         key: value
@@ -227,19 +227,21 @@ def write_checkpoint(path: str | Path, saved: Saved) -> None:
         for key, value in net.state_dict().items()
     }
     raw["state_dict"] = {**weights, **others}
-    raw["hyper_parameters"] = {
-        **raw.get("hyper_parameters", {}),
-        "arch": metadata["arch"],
-        "net": metadata["config"],
-    }
+    stage = "SupernetModule" if TEACHER in saved.nets else "GateModule"
+    arguments = raw.get("hyper_parameters", {})
+    if not arguments.get("_class_path", "").endswith(stage):
+        arguments = {"_class_path": f"ds_net_plus.module.{stage}"}  # others would not fit
+    raw["hyper_parameters"] = arguments | {"arch": metadata["arch"], "net": metadata["config"]}
     raw[META] = metadata
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         torch.save(raw, file)
 
 
-def _fresh_file() -> dict[str, Any]:
-    return {"epoch": 0, "global_step": 0, _LIGHTNING: lightning.__version__}
+def _fresh_file(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A file without optimizer and loops, which keeps what `raw` says of the data."""
+    file = {"epoch": 0, "global_step": 0, _LIGHTNING: lightning.__version__}
+    return file | ({DATA: raw[DATA]} if DATA in raw else {})
 
 
 def save_net(folder: str | Path, net: DynamicNet) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ds_net_plus import report
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
-from ds_net_plus.commands.stages import budget_table, gate_file
+from ds_net_plus.commands.stages import budget_table
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import (
     Point,
@@ -132,9 +132,7 @@ def train_both(
     net = gated.net.cpu().eval()
     net.gate_trained = True
     net.budgets = budget_table(collect(net, data.calibration_loader()))
-    write_checkpoint(
-        out / "gate.ckpt", Saved(gate_file({DATA: dict(data.hparams)}), {STUDENT: net})
-    )
+    write_checkpoint(out / "gate.ckpt", Saved({DATA: dict(data.hparams)}, {STUDENT: net}))
     table = collect(net, data.test_loader())
     points = [point_at(table, tau) for tau, _ in sorted(net.budgets, reverse=True)]
     return Trained(net, data, table, points)

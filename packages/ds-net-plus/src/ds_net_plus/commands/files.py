@@ -86,14 +86,14 @@ def export(
 
 
 def convert_checkpoint(
-    *, source: Path, out: Path | None = None, gate_trained: bool = False
+    *, source: Path, out: Path | None = None, gate_trained: bool | None = None
 ) -> None:
     """Turn an official DS-Net .pth.tar into a checkpoint of this package.
 
     Args:
         source: the file that you have.
         out: where to write the checkpoint; beside the source if left out.
-        gate_trained: the file comes from official gate training (Stage-II file).
+        gate_trained: whether the file comes from gate training; judged from the file if left out.
     """
     raw = load_state(source)
     nets = {}

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning
-
 from ds_net_plus import recalibrate as statistics
-from ds_net_plus.checkpoint import DATA, META, STUDENT, Saved, write_checkpoint
+from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
 from ds_net_plus.commands.common import beside, open_data, open_network, parse_numbers
 from ds_net_plus.evaluate import (
     RouteTable,
@@ -172,20 +170,8 @@ def finish_gate(
         gate_confusion(test, choice, targets, routes=space, target=f"label of {sgs}"),
         out.with_suffix(".confusion.png"),
     )
-    gated = Saved(gate_file(saved.raw), {STUDENT: net})
+    gated = Saved({DATA: saved.raw.get(DATA, {})}, {STUDENT: net})
     print(f"wrote {write(out, gated)} and {picture}")
-
-
-def gate_file(raw: dict[str, Any]) -> dict[str, Any]:
-    """The beginnings of a Stage-II checkpoint that keeps the data of its Stage-I file."""
-    return {
-        META: {},
-        "epoch": 0,
-        "global_step": 0,
-        "pytorch-lightning_version": lightning.__version__,
-        "hyper_parameters": {"_class_path": "ds_net_plus.module.GateModule"},
-        DATA: raw.get(DATA, {}),
-    }
 
 
 def budget_table(

@@ -213,7 +213,7 @@ def _read_cifar(
             raise UserError(
                 f"not the pickles of {source}, {error}", where=str(folder_path)
             ) from error
-        splits[split] = Split(images, labels, names)
+        splits[split] = Split(list(images), labels, names)
     return splits
 
 

@@ -284,7 +284,7 @@ class DynamicNet(nn.Module):
         return {
             "routing_space": list(self.routing_space),
             "gate_score": self.gate_score,
-            "gate_trained": bool(self.gate_trained),
+            "gate_trained": self.gate_trained,
             "budgets": [list(pair) for pair in self.budgets],
         }
 
@@ -292,7 +292,7 @@ class DynamicNet(nn.Module):
         """Takes over the metadata written by `gate_state`."""
         self.routing_space = state["routing_space"]
         self.gate_score = state["gate_score"]
-        self.gate_trained = bool(state["gate_trained"])
+        self.gate_trained = state["gate_trained"]
         self.budgets = [(float(tau), float(cost)) for tau, cost in state["budgets"]]
 
 

@@ -8,7 +8,6 @@ from ds_net_plus.model.mobilenet import DSMobileNet
 from tenfold.errors import UserError
 
 _QUARTERS_96 = ((24, 48, 72, 96), (48, 96, 144, 192))
-_QUARTERS_64 = ((16, 32, 48, 64), (32, 64, 96, 128))
 
 MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
     "ds_mbnet": (DSMobileNet, {}),
@@ -17,13 +16,12 @@ MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
         {"num_classes": 10, "stem_stride": 1, "strides": (1, 1, 2, 2, 2), "image_size": 32},
     ),
     "ds_cnn_tiny": (DSConvNet, {}),
-    "ds_cnn_mid": (DSConvNet, {"stage_widths": _QUARTERS_64, "image_size": 64}),
-    "ds_cnn_wide": (DSConvNet, {"stage_widths": _QUARTERS_96, "image_size": 64}),
+    "ds_cnn_wide": (DSConvNet, {"stage_widths": _QUARTERS_96, "image_size": 48}),
     "ds_cnn_cifar": (
         DSConvNet,
         {
             "front_widths": (16, 24),
-            "stage_widths": ((24, 48, 72, 96), (48, 96, 144, 192)),
+            "stage_widths": _QUARTERS_96,
             "depths": (2, 2),
             "gate_hidden": 64,
             "in_channels": 3,

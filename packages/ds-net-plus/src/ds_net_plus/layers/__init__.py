@@ -1,0 +1,32 @@
+"""Sliceable layers, the double-headed gate, and the blocks made of them."""
+
+from ds_net_plus.layers.blocks import DSDepthwiseSeparable, DSInvertedResidual, make_divisible
+from ds_net_plus.layers.gate import MultiHeadGate, PlainGate
+from ds_net_plus.layers.slicing import (
+    ConvAct,
+    DSConv2d,
+    DSDepthwiseConv2d,
+    DSLinear,
+    SwitchableBN,
+    apply_channel_mask,
+    channel_mask,
+    check_widths,
+    init_official,
+)
+
+__all__ = [
+    "ConvAct",
+    "DSConv2d",
+    "DSDepthwiseConv2d",
+    "DSDepthwiseSeparable",
+    "DSInvertedResidual",
+    "DSLinear",
+    "MultiHeadGate",
+    "PlainGate",
+    "SwitchableBN",
+    "apply_channel_mask",
+    "channel_mask",
+    "check_widths",
+    "init_official",
+    "make_divisible",
+]
