@@ -37,7 +37,10 @@ class Results:
         return self.runs[key]
 
     def write(self) -> None:
-        """Writes the file, complete or not at all."""
+        """Writes the file, complete or not at all; runs that others added meanwhile stay."""
+        if self.path.is_file():
+            theirs = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
+            self.content["runs"] = theirs | self.runs
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.content, indent=1, sort_keys=True) + "\n"
         with atomic_file(self.path) as file:

@@ -10,13 +10,13 @@ from benchmarks.results import Results, markdown, replace_block
 from ds_net_plus.commands.measuring import compare_execution
 from ds_net_plus.measure import (
     example_images,
-    fast,
     mix_to_choice,
     ordinary_activations,
     profile_routes,
     time_networks,
 )
 from ds_net_plus.model import create_model
+from ds_net_plus.runner import fast_route
 
 SPACE = (0, 4, 8, 13)
 MIXES = {
@@ -62,7 +62,7 @@ def slicing(net: Any) -> dict[str, Any]:
     runs = {}
     for route in (0, 13):
         runs[f"naive {route}"] = lambda _, route=route: net(nchw, route=route)
-        runs[f"plain {route}"] = fast(net.materialize(route))
+        runs[f"plain {route}"] = fast_route(net, route)
     timings = time_networks(runs, x, REPEATS)
     return {
         "ms": {name: timing.as_dict() for name, timing in timings.items()},

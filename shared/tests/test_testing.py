@@ -4,7 +4,9 @@ The toy is written to a folder, as a package of its own would be installed; the 
 classes of this file, which the contract's processes load by its path.
 """
 
+import copy
 import inspect
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.testing import PackageContract, limit_threads
+from tenfold.testing import PackageContract, differences, limit_threads
 
 limit_threads()
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODULE = '''
 import torch
@@ -58,6 +61,8 @@ class Toy(LightningModule):
         prediction = self.net(x).squeeze(1)
         if self.defect == "bf16":
             prediction = prediction / (prediction.dtype != torch.bfloat16)
+        if self.defect == "rough":
+            prediction = prediction + (prediction.dtype == torch.bfloat16)
         loss = (prediction - y).square()
         return loss.sum() if self.defect == "sum" else loss.mean()
 
@@ -120,6 +125,7 @@ _FOLDER = tempfile.TemporaryDirectory()
 def write_toy(folder: Path) -> None:
     (folder / "recipes").mkdir(parents=True)
     files = {"__init__.py": "", "module.py": MODULE, "cli.py": CLI}
+    files["slow.py"] = "import torch\nfrom toy.cli import app"
     files |= {f"recipes/{name}.yaml": text for name, text in RECIPES.items()}
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -129,10 +135,16 @@ write_toy(Path(_FOLDER.name) / "toy")  # when pytest collects, the recipes must 
 sys.path.insert(0, _FOLDER.name)
 
 
+class Traced(torch.nn.Module):
+    """Another function once it is exported."""
+
+    def forward(self, x):
+        return x if torch.compiler.is_exporting() else x + 1
+
+
 class Sound(PackageContract):
     """A package that keeps the contract."""
 
-    cli = "toy.cli:app"
     parameter_counts = {"small": 4 * 8 + 3 * 4 + 4 + 1, "vast": 12_000_000 + 1}  # noqa: RUF012
     bad_inputs = (
         (["fit", "--config", "tiny"], "the recipes are small, vast"),
@@ -150,42 +162,15 @@ class Sound(PackageContract):
     def data(self):
         from toy.module import Numbers
 
-        return Numbers()
+        return Numbers(16 if self.defect == "few" else 40, 9 if self.defect == "odd" else 8)
 
     def exported(self):
-        return self.module().net, (torch.ones(2, 8),)
+        net = Traced() if self.defect == "traced" else self.module().net
+        return net, (torch.ones(2, 8),)
 
-
-class Generator(Sound):
-    defect = "generator"
-
-
-class Unsaved(Sound):
-    defect = "unsaved"
-
-
-class Across(Sound):
-    defect = "across"
-
-
-class Sum(Sound):
-    defect = "sum"
-
-
-class Rank(Sound):
-    defect = "rank"
-
-
-class Lazy(Sound):
-    defect = "lazy"
-
-
-class Bf16(Sound):
-    defect = "bf16"
-
-
-class Load(Sound):
-    defect = "load"
+    @property
+    def cli(self):
+        return "toy.slow:app" if self.defect == "slow" else "toy.cli:app"
 
 
 class TestSound(Sound):
@@ -193,23 +178,82 @@ class TestSound(Sound):
 
 
 DEFECTS = [
-    ("generator", "test_interrupted_and_resumed", "another state"),
-    ("generator", "test_killed_and_resumed", "another state"),
-    ("unsaved", "test_interrupted_and_resumed", "another state"),
-    ("lazy", "test_one_batch_is_learned", "took its loss"),
-    ("sum", "test_two_ranks_do_as_one", "gradients of module differ"),
-    ("across", "test_two_ranks_do_as_one", "gradients of module differ"),
-    ("rank", "test_two_ranks_do_as_one", "predictions of module differ"),
+    ("lazy", "test_one_batch_is_learned", "took its loss from"),
+    ("generator", "test_interrupted_and_resumed", "ends in another state"),
+    ("generator", "test_killed_and_resumed", "ends in another state"),
+    ("unsaved", "test_interrupted_and_resumed", "ends in another state"),
     ("bf16", "test_bf16", "not finite after a step of module: .*net"),
+    ("rough", "test_bf16", "in float32 and .* under bf16 autocast"),
+    ("sum", "test_two_ranks_do_as_one", "gradients of module differ on rank 0"),
+    ("across", "test_two_ranks_do_as_one", "gradients of module differ on rank 0"),
+    ("rank", "test_two_ranks_do_as_one", "predictions of module differ"),
     ("load", "test_saved_and_loaded", r"weights of module differ after loading: net\.0\.bias"),
+    ("few", "test_interrupted_and_resumed", "data.. has 2 batches in an epoch"),
+    ("odd", "test_two_ranks_do_as_one", "odd batch size, 9"),
+    ("slow", "test_help_is_quick", "imports torch"),
+    ("traced", "test_export", "computes something else"),
 ]
+# classes of this file, for the processes that load them by name
+globals().update({row[0]: type(row[0], (Sound,), {"defect": row[0]}) for row in DEFECTS})
+
+
+def call(contract, test, **arguments):
+    wanted = inspect.signature(getattr(contract, test)).parameters
+    contract.setup_method(None)
+    try:
+        getattr(contract, test)(**{name: arguments[name] for name in wanted})
+    finally:
+        contract.teardown_method(None)
 
 
 @pytest.mark.parametrize(("defect", "test", "message"), DEFECTS)
 def test_a_planted_defect_fails_its_test(defect, test, message, tmp_path):
-    contract = globals()[defect.capitalize()]()
-    arguments = {"name": "module", "tmp_path": tmp_path}
-    method = getattr(contract, test)
-    wanted = inspect.signature(method).parameters
     with pytest.raises(AssertionError, match=message):
-        method(**{name: arguments[name] for name in wanted})
+        call(globals()[defect](), test, name="module", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"), [("small", "49 parameters instead of 50"), ("vast", "no number for")]
+)
+def test_a_wrong_recipe_fails(recipe, message, tmp_path):
+    contract = Sound()
+    contract.parameter_counts = {"small": 50}
+    with pytest.raises(AssertionError, match=message):
+        call(contract, "test_recipe", recipe=recipe, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fit", "--model.width=7", "--model.defect=crash"], "status 1"),
+        (["fit", "--model.width=0"], "without 'something else'"),
+        (["recipes"], "status 0"),
+    ],
+)
+def test_bad_input_badly_told_fails(argv, message, tmp_path, monkeypatch, capsys):
+    fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    with pytest.raises(AssertionError, match=message):
+        call(Sound(), "test_bad_input", argv=argv, message="something else", **fixtures)
+
+
+def test_differences_name_places():
+    left = {"a": [torch.ones(2), 1.0, "x"], "b": None}
+    assert differences(left, copy.deepcopy(left)) == ""
+    right = {"a": [torch.tensor([1.0, 1.5]), 1.0, "y"], "c": None}
+    told = differences(left, right)
+    places = ["a.0 (by 0.5 of 1.5)", "a.2 ('x', 'y')", "b (in one of them)", "c (in one of them)"]
+    assert told == ", ".join(places)
+    assert differences(torch.ones(2), torch.full((2,), 1 + 1e-6), 1e-5) == ""
+    assert "torch.float64" in differences(torch.ones(2), torch.ones(2).double(), 1e-5)
+    assert differences(torch.ones(2), torch.tensor([1.0, math.nan]), 1e-5)
+    assert differences(list(range(9)), list(range(1, 10))).endswith("and 4 more")
+
+
+def test_limit_threads(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    limit_threads()
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    limit_threads()
+    assert chosen == [1]

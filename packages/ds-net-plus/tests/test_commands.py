@@ -119,7 +119,7 @@ def test_benchmark_compares_all_executions(folder, tmp_path, capsys):
     assert result["madds_ratio"] == pytest.approx(mean / costs[3])
     assert set(result["time_ratio"]) >= {"grouped", "masked", "per image", "widest"}
     assert run("benchmark", "--ckpt", folder / "gate.ckpt", "--batch", "8", "--repeats", "1") == 0
-    assert run("benchmark", "--mix", "0.5,0.6") == 2
+    assert run("benchmark", "--model", "ds_cnn_tiny", "--mix", "0.5,0.6") == 2
     assert "shares" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import DynamicNet
 from ds_net_plus.module import GateModule, SupernetModule
-from ds_net_plus.recalibrate import recalibrate
+from ds_net_plus.recalibration import recalibrate
 from tenfold.testing import PackageContract
 from tenfold.training import LAST
 
@@ -42,8 +42,9 @@ class TestContract(PackageContract):
         "cifar10-transfer": MBNET - 990 * CLASS,
         "cifar100": MBNET - 900 * CLASS,
         "cifar100-transfer": MBNET - 900 * CLASS,
-        "demo": cnn_parameters(1, [8, 8], [24, 48], 32),
-        "glyph-mix-64": cnn_parameters(1, [8, 8], [96, 192], 32),
+        "demo": cnn_parameters(1, [8, 8], [96, 192], 32),
+        "glyph-mix": cnn_parameters(1, [8, 8], [24, 48], 32),
+        "glyph-mix-48": cnn_parameters(1, [8, 8], [96, 192], 32),
         "cifar10-cpu": cnn_parameters(3, [16, 24], [96, 192], 64),
     }
     bad_inputs = (

@@ -5,6 +5,7 @@ import os
 import pickle
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -172,6 +173,29 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         ImageData(source="cifar10", root=str(tmp_path)).setup()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("test_batch", b"no pickle at all", "not a CIFAR pickle"),
+        ("test_batch", pickle.dumps([1, 2]), "not a CIFAR pickle"),
+        ("test_batch", pickle.dumps({b"labels": [1]}), "no entry data"),
+        ("test_batch", pickle.dumps({b"data": b"x", b"labels": [1]}), "not the pixels"),
+        (
+            "data_batch_2",
+            pickle.dumps({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, 2]}),
+            "3 images but 2 labels",
+        ),
+        ("batches.meta", pickle.dumps({b"num_vis": 3072}), "no entry label_names"),
+    ],
+)
+def test_damaged_cifar_files_are_named(tmp_path, name, content, message):
+    write_cifar10(tmp_path, train=5, test=2)
+    (tmp_path / "cifar-10-batches-py" / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        ImageData(source="cifar10", root=str(tmp_path)).setup()
+    assert name in str(caught.value)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1"])
 def test_every_colour_mode_becomes_rgb(folders, mode):
     suffix = "tif" if mode == "CMYK" else "png"
@@ -242,18 +266,81 @@ def test_bad_options_and_labels_are_named(tmp_path):
             ImageData(**options)
     with pytest.raises(UserError, match="not augmented"):
         ImageData(augment="light").setup()
-    import datasets
+    for options, message in (
+        ({"image_size": 4}, "image_size must be at least 8"),
+        ({"channels": 2}, "channels must be 1"),
+        ({"test_size": 0}, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ImageData(**options)
 
+
+def write_table(file: Path, labels: list, names: list[str] | None = None) -> None:
+    """A parquet file with a picture for each label, whose column may know the class names."""
     buffer = io.BytesIO()
     photo(0).save(buffer, "PNG")
-    picture = {"bytes": buffer.getvalue(), "path": None}
-    for name in ("train", "test"):
-        table = datasets.Dataset.from_dict({"image": [picture] * 2, "label": [0, -1]})
-        table.to_parquet(str(tmp_path / f"{name}.parquet"))
-    with pytest.raises(UserError, match="label -1 of image 1"):
+    pictures = [{"bytes": buffer.getvalue(), "path": None}] * len(labels)
+    table = datasets.Dataset.from_dict({"image": pictures, "label": labels})
+    if names:
+        table = table.cast_column("label", datasets.ClassLabel(names=names))
+    table.to_parquet(str(file))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([0, -1], [0, 1], "label -1 of image 1"),
+        ([0, 1], [0, 2], r"label 2 of image 1 lies outside 0\.\.1"),
+        (["cat", "dog"], ["cat"], "label 'cat' of image 0 is no class number"),
+        ([0, None], [0], "label None of image 1 is no class number"),
+    ],
+)
+def test_labels_that_are_no_classes_of_training_are_named(tmp_path, train, test, message):
+    write_table(tmp_path / "train.parquet", train)
+    write_table(tmp_path / "test.parquet", test)
+    with pytest.raises(UserError, match=message):
         ImageData(source="parquet", root=str(tmp_path)).setup()
-    with pytest.raises(UserError, match="column kind missing"):
-        ImageData(source="parquet", root=str(tmp_path), label_column="kind").setup()
+
+
+def test_class_names_of_parquet_files_decide_what_a_label_means(tmp_path):
+    write_table(tmp_path / "train.parquet", [0, 1], ["ant", "bee"])
+    write_table(tmp_path / "test.parquet", [0, 1, 1], ["bee", "ant"])
+    data = ImageData(source="parquet", root=str(tmp_path), image_size=32)
+    data.setup()
+    [batch] = data.test_loader()
+    assert data.class_names == ("ant", "bee")
+    assert batch.label.tolist() == [1, 0, 0]
+    write_table(tmp_path / "test.parquet", [0], ["bee", "cow"])
+    with pytest.raises(UserError, match="differ: ant, cow"):
+        ImageData(source="parquet", root=str(tmp_path)).setup()
+
+
+def test_what_is_no_parquet_or_has_no_images_is_named(tmp_path):
+    for name in ("train", "test"):
+        write_table(tmp_path / f"{name}.parquet", [0, 1])
+    for options, message in (
+        ({"label_column": "kind"}, "column kind missing"),
+        ({"image_column": "label"}, "holds no images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ImageData(source="parquet", root=str(tmp_path), **options).setup()
+    (tmp_path / "test.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"not a parquet file.*test\.parquet"):
+        ImageData(source="parquet", root=str(tmp_path)).setup()
+
+
+def test_hidden_folders_are_no_classes(folders):
+    (folders / "train" / ".thumbnails").mkdir()
+    data = folder_data(folders)
+    data.setup()
+    assert data.class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "rand-m7"])
+def test_photographs_in_grey(folders, augment):
+    data = folder_data(folders, channels=1, augment=augment)
+    data.setup()
+    assert next(iter(data.train_dataloader())).image.shape == (4, 1, 32, 32)
 
 
 def test_predict_reads_a_folder_of_ones_own(folders):

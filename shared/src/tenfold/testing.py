@@ -13,13 +13,15 @@ A package says what to build, and gets all tests below (with the extra `tenfold[
             return ImageData(...)  # tiny and generated
 """
 
+import atexit
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import math
 import multiprocessing
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,8 +36,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -163,7 +165,8 @@ class PackageContract:
         wrong = differences(loaded.state_dict(), module.state_dict())
         assert not wrong, f"weights of {name} differ after loading: {wrong}"
         trainer = quiet_trainer(folder, limit_predict_batches=1)
-        wrong = differences(*(trainer.predict(each, self.data()) for each in (loaded, module)))
+        theirs, mine = (trainer.predict(each, self.data()) for each in (loaded, module))
+        wrong = differences(theirs, mine)
         assert not wrong, f"predictions of {name} differ after loading: {wrong}"
 
     def test_predict_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +262,8 @@ class PackageContract:
             metafunc.parametrize("recipe", self.app.recipes())
         if "argv" in metafunc.fixturenames:
             command = "fit" if self.app.model else next(iter(self.app.commands))
-            rows = [(["no-such-command"], "'no-such-command'"), ([command, "--nosuch=1"], "nosuch")]
-            rows += self.bad_inputs
+            always = [(["nosuch"], "'nosuch'"), ([command, "--nosuch=1"], "nosuch")]
+            rows = [*always, *self.bad_inputs]
             metafunc.parametrize(("argv", "message"), rows, ids=[" ".join(row[0]) for row in rows])
 
     @property
@@ -301,10 +304,15 @@ class PackageContract:
         assert not bad, f"not finite after a step of {name}: {bad}"
         return watch.loss
 
-    def finished(self, name: str) -> tuple[Path, LightningModule]:
+    @classmethod
+    @functools.cache
+    def finished(cls, name: str) -> tuple[Path, LightningModule]:
         """The folder and the module of an uninterrupted run, trained once."""
-        folder, module = _uninterrupted(type(self), name)
-        return Path(folder.name), module
+        folder, self = Path(tempfile.mkdtemp()), cls()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        module = self.build(name)
+        self.train(module, self.data(), folder)
+        return folder, module
 
     def assert_resumes(self, name: str, folder: Path, what: str) -> None:
         """Resumes from other weights and generator states, and compares all that is saved."""
@@ -340,8 +348,8 @@ class PackageContract:
     def step_and_predict(self, name: str, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
         """Gradients of the first global batch, and this rank's predictions after that step."""
         module, data, watch = self.build(name), self.data(), Watch(freeze=True)
+        assert data.batch_size % 2 == 0, f"data() has an odd batch size, {data.batch_size}"
         items = data.batch_size // ranks
-        assert items * ranks == data.batch_size, f"data() has an odd batch size, {data.batch_size}"
         data.batch_size, data.eval_batch_size = items, 1
         options: dict[str, Any] = {"max_epochs": 1, "precision": "64-true"}
         options |= {"limit_train_batches": 1, "limit_val_batches": 0}
@@ -354,13 +362,13 @@ class PackageContract:
 
 
 class SendSignal(Callback):
-    """Sends this process a signal in the middle of a training step."""
+    """Sends this process a signal between a backward pass and the optimizer's step, once."""
 
     def __init__(self, signum: int, epoch: int, batch: int) -> None:
         self.signum, self.at = signum, (epoch, batch)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Between a backward pass and the optimizer's step, once."""
+        """Whether this is the batch."""
         if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.at:
             self.at = None
             os.kill(os.getpid(), self.signum)
@@ -372,20 +380,18 @@ class Watch(Callback):
     def __init__(self, freeze: bool = False) -> None:
         self.freeze, self.loss, self.gradients = freeze, math.nan, []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
         """Freezes norm statistics and turns dropout off."""
         if self.freeze:
             pl_module.eval()
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Gradients, reduced over ranks."""
         named = pl_module.named_parameters()
         self.gradients.append({key: p.grad.clone() for key, p in named if p.grad is not None})
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        self, trainer: Any, pl_module: Any, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """What `training_step` returned, itself or under "loss"."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
@@ -406,15 +412,6 @@ def quiet_trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(**{**dict.fromkeys(quiet, False), **place, **options})
 
 
-@functools.cache  # which also keeps the folder until this process ends
-def _uninterrupted(
-    contract: type[PackageContract], name: str
-) -> tuple[tempfile.TemporaryDirectory[str], LightningModule]:
-    folder, module = tempfile.TemporaryDirectory(), contract().build(name)
-    contract().train(module, contract().data(), Path(folder.name))
-    return folder, module
-
-
 # ------------------------------------------------------------------------------------- processes
 
 
@@ -422,7 +419,7 @@ def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) ->
     """Runs methods of a contract, (name, *arguments) each, in processes; returns exit codes."""
     # A fork saves the imports. It is safe while torch has one thread and has used no accelerator.
     fork = sys.platform == "linux" and not torch.accelerator.is_available()
-    context = multiprocessing.get_context("fork" if fork else "spawn")
+    context: Any = multiprocessing.get_context("fork" if fork else "spawn")
     where = inspect.getfile(type(contract)), type(contract).__name__
     children = [context.Process(target=_call, args=(*where, *call)) for call in calls]
     for child in children:
@@ -439,13 +436,8 @@ def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) ->
 def _call(file: str, contract: str, method: str, *arguments: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    # by its path, since test files need not be importable
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None, file
-    assert spec.loader is not None, file
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    getattr(getattr(module, contract)(), method)(*arguments)
+    tests = runpy.run_path(file, run_name=Path(file).stem)  # test files need not be importable
+    getattr(tests[contract](), method)(*arguments)
 
 
 # ------------------------------------------------------------------------------------- comparing
@@ -472,7 +464,7 @@ def differences(left: Any, right: Any, tolerance: float = 0.0) -> str:
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The values inside mappings, sequences and dataclasses, each with its dotted path."""
     if dataclasses.is_dataclass(tree):
-        tree = vars(tree)
+        tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
     elif isinstance(tree, list | tuple):
         tree = dict(enumerate(tree))
     if not isinstance(tree, Mapping):
@@ -490,6 +482,6 @@ def _difference(left: Any, right: Any, tolerance: float) -> str:
         return f"{one.dtype} {tuple(one.shape)}, {other.dtype} {tuple(other.shape)}"
     if torch.equal(one, other):
         return ""
-    apart, largest = ((x.abs().max().item()) for x in (one.double() - other.double(), other))
+    apart, largest = (x.abs().max().item() for x in (one.double() - other, other.double()))
     close = one.is_floating_point() and apart <= tolerance * largest
     return "" if close else f"by {apart:.2g} of {largest:.2g}"

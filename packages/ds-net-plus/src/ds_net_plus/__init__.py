@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         create_model,
     )
     from ds_net_plus.module import GateModule, SupernetModule
-    from ds_net_plus.recalibrate import recalibrate
+    from ds_net_plus.recalibration import recalibrate
     from ds_net_plus.runner import DynamicRunner
     from ds_net_plus.steps import ema_update, sample_routes, stage1_step, stage2_step
 
@@ -39,7 +39,7 @@ _HOMES = {
         "create_model",
     ),
     "module": ("GateModule", "SupernetModule"),
-    "recalibrate": ("recalibrate",),
+    "recalibration": ("recalibrate",),
     "runner": ("DynamicRunner",),
     "steps": ("ema_update", "sample_routes", "stage1_step", "stage2_step"),
 }

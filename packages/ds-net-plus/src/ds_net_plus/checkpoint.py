@@ -29,6 +29,11 @@ META = "ds_net_plus"
 DATA = "datamodule_hyper_parameters"  # where Lightning keeps the data module's arguments
 STUDENT, TEACHER = "net", "teacher"
 _LIGHTNING = "pytorch-lightning_version"
+# what LightningCLI writes for a class that is not the application's default
+_GATE_MODULE = {
+    "_class_path": "ds_net_plus.module.GateModule",
+    "_instantiator": "lightning.pytorch.cli.instantiate_module",
+}
 # arguments that two networks with the same weights may differ in
 _FREE = {"dropout", "image_size"}
 
@@ -226,16 +231,21 @@ def write_checkpoint(path: str | Path, saved: Saved) -> None:
         for name, net in saved.nets.items()
         for key, value in net.state_dict().items()
     }
+    arguments = (
+        raw.get("hyper_parameters", {}) if _has_teacher(raw) == (TEACHER in saved.nets) else {}
+    )
+    if not arguments and TEACHER not in saved.nets:
+        arguments = _GATE_MODULE
     raw["state_dict"] = {**weights, **others}
-    stage = "SupernetModule" if TEACHER in saved.nets else "GateModule"
-    arguments = raw.get("hyper_parameters", {})
-    if not arguments.get("_class_path", "").endswith(stage):
-        arguments = {"_class_path": f"ds_net_plus.module.{stage}"}  # others would not fit
     raw["hyper_parameters"] = arguments | {"arch": metadata["arch"], "net": metadata["config"]}
     raw[META] = metadata
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         torch.save(raw, file)
+
+
+def _has_teacher(raw: Mapping[str, Any]) -> bool:
+    return any(key.startswith(f"{TEACHER}.") for key in raw.get("state_dict", {}))
 
 
 def _fresh_file(raw: Mapping[str, Any]) -> dict[str, Any]:

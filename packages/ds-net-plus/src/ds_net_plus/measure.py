@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_net_plus.layers import SwitchableBN
 from ds_net_plus.model import DynamicNet, RouteLike
-from ds_net_plus.runner import DynamicRunner
+from ds_net_plus.runner import DynamicRunner, fast_route
 from tenfold.device import Timing, time_interleaved
 from tenfold.errors import UserError
 
@@ -65,7 +65,7 @@ def profile_routes(
     ms: dict[RouteLike, dict[int, float]] = {route: {} for route in routes}
     for batch in batches:
         x = example_images(net, batch, size)
-        plain = {route: fast(net.materialize(route)) for route in routes}
+        plain = {route: fast_route(net, route) for route in routes}
         timings = time_networks({str(r): plain[r] for r in routes}, x, repeats)
         for route in routes:
             ms[route][batch] = timings[str(route)].median_ms / batch
@@ -89,12 +89,6 @@ def example_images(net: DynamicNet, batch: int, size: int) -> Tensor:
     x = torch.randn((batch, net.in_channels, size, size), generator=generator)
     device = next(net.parameters()).device
     return x.to(device).contiguous(memory_format=torch.channels_last)
-
-
-def fast(module: nn.Module) -> nn.Module:
-    """Eval mode, channels last, no gradients: as `DynamicRunner` prepares its parts."""
-    module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return module.eval().requires_grad_(False)
 
 
 def time_networks(
@@ -157,8 +151,8 @@ def execution_rivals(
         ]
 
     return {
-        "widest": fast(net.materialize(space[-1])),
-        "cheapest": fast(net.materialize(space[0])),
+        "widest": fast_route(net, space[-1]),
+        "cheapest": fast_route(net, space[0]),
         "grouped": grouped,
         "masked": masked,
         "per image": one_by_one,

@@ -258,6 +258,7 @@ class SupernetModule(NetModule):
             start_from(self.net, init_from)
         for parameter in self.net.gate_parameters():
             parameter.requires_grad_(False)
+        self.net.gate_trained = False  # that is what Stage II is for
         self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.route_top1 = nn.ModuleDict(
             {

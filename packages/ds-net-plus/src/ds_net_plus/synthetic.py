@@ -45,9 +45,8 @@ class Glyphs(NamedTuple):
 class Scene(NamedTuple):
     """What is on each image before it is drawn.
 
-    Lengths in pixels from the image centre, x right, y down.
-
-    The last of the five strokes is the distractor; its contrast is 0 on easy images.
+    Lengths are pixels, points are seen from the image centre with x right and y down. The last of
+    the five strokes is the distractor; its contrast is 0 on easy images.
     """
 
     label: Int64[Tensor, " batch"]
@@ -79,10 +78,7 @@ _DISTRACTOR_REACH = (-12.0, 12.0)
 
 
 def _signed(value: int) -> int:
-    """The int64 that has the same 64 bits as the unsigned `value`.
-
-    torch has no uint64 arithmetic.
-    """
+    """The int64 with the 64 bits of the unsigned `value`: torch has no uint64 arithmetic."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -97,10 +93,7 @@ def _shift_right(x: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
 
 
 def _mix(x: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """SplitMix64's finaliser, a bijection of 64-bit words.
-
-    Products of int64 wrap as unsigned ones do.
-    """
+    """SplitMix64's finaliser, a bijection of 64-bit words; int64 products wrap as uint64 ones."""
     x = (x ^ _shift_right(x, 30)).mul_(_MIX_1)
     x = (x ^ _shift_right(x, 27)).mul_(_MIX_2)
     return x ^ _shift_right(x, 31)
@@ -278,9 +271,9 @@ def _rotate(points: Float[Tensor, "batch n 2 2"], degrees: Float[Tensor, "batch 
 
 
 def _draw_distractor(streams: _Streams) -> tuple[Tensor, Tensor]:
-    """One stroke.
+    """The stroke of each image (batch, 1, 2, 2) in reference pixels, its contrast (batch, 1).
 
-    (batch, 1, 2, 2) in reference pixels and its contrast relative to the glyph's (batch, 1).
+    The contrast is relative to the glyph's.
     """
     length, turn, x, y, relative = streams.uniform(5).unbind(dim=1)
     half = _between(length, _DISTRACTOR_LENGTH) / 2

@@ -13,7 +13,7 @@ from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import RouteTable, collect
 from ds_net_plus.model import DynamicNet, create_model
 from ds_net_plus.module import GateBatch, GateModule, SupernetModule
-from ds_net_plus.recalibrate import recalibrate
+from ds_net_plus.recalibration import recalibrate
 from tenfold.data import DataModule, TensorItems
 from tenfold.progress import PlainProgress, on_terminal, track
 from tenfold.training import Resumable, StepSeed, StopOnBadLoss, resume_path

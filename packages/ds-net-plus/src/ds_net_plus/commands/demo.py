@@ -21,10 +21,10 @@ from ds_net_plus.evaluate import (
     point_at,
     saving_at_equal_accuracy,
 )
-from ds_net_plus.measure import fast, profile_routes
+from ds_net_plus.measure import profile_routes
 from ds_net_plus.model import DynamicNet, choose_routes
 from ds_net_plus.module import SupernetModule
-from ds_net_plus.runner import DynamicRunner
+from ds_net_plus.runner import DynamicRunner, fast_route
 from ds_net_plus.train import CachedRoutes, cache_routes, train_gate, train_supernet
 from tenfold.device import time_interleaved
 from tenfold.errors import UserError
@@ -146,7 +146,7 @@ def measure_latency(trained: Trained, batches: int = 8, repeats: int = 15) -> re
     net = trained.net
     images = next(iter(trained.data.test_loader())).image[: batches * BATCH]
     groups = images.contiguous(memory_format=torch.channels_last).split(BATCH)
-    runs: dict[str, Any] = {f"route {k}": fast(net.materialize(k)) for k in net.routing_space} | {
+    runs: dict[str, Any] = {f"route {k}": fast_route(net, k) for k in net.routing_space} | {
         f"point {i}": DynamicRunner(net, tau=point.tau) for i, point in enumerate(trained.points)
     }
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ds_net_plus import recalibrate as statistics
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
 from ds_net_plus.commands.common import beside, open_data, open_network, parse_numbers
 from ds_net_plus.evaluate import (
@@ -17,6 +16,7 @@ from ds_net_plus.evaluate import (
 from ds_net_plus.losses import sgs_targets
 from ds_net_plus.measure import profile_routes
 from ds_net_plus.model import DynamicNet, check_statistics, choose_routes
+from ds_net_plus.recalibration import recalibrate as measure_statistics
 from ds_net_plus.report import comparison_rows, comparison_table, gate_confusion
 from ds_net_plus.train import CachedRoutes, cache_routes, training_images, with_space
 from ds_net_plus.train import train_gate as run_stage2
@@ -53,7 +53,7 @@ def recalibrate(
             net.check_route(route)
         place = next(net.parameters()).device
         images = (x.to(place) for x in training_images(source, batches))
-        used = statistics.recalibrate(net, images, chosen)
+        used = measure_statistics(net, images, chosen)
         print(f"{name}: {net.num_routes if chosen is None else len(chosen)} routes, {used} batches")
     print(f"wrote {write(out or beside(ckpt, 'recalibrated'), saved)}")
 

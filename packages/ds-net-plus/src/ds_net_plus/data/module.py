@@ -24,6 +24,7 @@ from tenfold.errors import UserError
 
 GENERATED = "generated"
 TRAIN_SEED, VAL_SEED, TEST_SEED = 0, 77, 99
+_SMALLEST = 8  # pixels a side: below, neither a glyph nor a strided network has room
 
 
 class Batch(NamedTuple):
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
 
     image: Float[Tensor, "batch colours height width"]
     label: Int[Tensor, " batch"]
-    index: Int[Tensor, " batch"]
+    index: Int[Tensor, " batch"]  # pyright: ignore[reportIncompatibleMethodOverride]
     hard: Bool[Tensor, " batch"] | None = None
 
 
@@ -136,8 +137,9 @@ class ImageData(DataModule):
             raise UserError("gate_split and val_split must be shares that leave training images")
         small = source in (GENERATED, "cifar10", "cifar100")
         self.source, self.augment = source, augment
-        self.image_size = image_size or (32 if small else 224)
-        self.channels = channels or (1 if source == GENERATED else 3)
+        self.image_size = (32 if small else 224) if image_size is None else image_size
+        self.channels = (1 if source == GENERATED else 3) if channels is None else channels
+        self._check_sizes(train_size, val_size, test_size)
         self.mean, self.std = (
             ((MEAN,), (STD,)) if self.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
         )
@@ -147,6 +149,14 @@ class ImageData(DataModule):
         self.class_names: tuple[str, ...] = ()
         self._glyphs: dict[str, TensorItems] = {}
         self._splits: dict[str, Split] = {}
+
+    def _check_sizes(self, *counts: int) -> None:
+        if self.image_size < _SMALLEST:
+            raise UserError(f"image_size must be at least {_SMALLEST}, got {self.image_size}")
+        if self.channels not in (1, 3):
+            raise UserError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
+        if min(counts) < 1:
+            raise UserError("train_size, val_size and test_size must be at least 1")
 
     @property
     def num_classes(self) -> int:

@@ -6,11 +6,14 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tenfold.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets  # half a second to import: only a parquet source pays for it
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
@@ -92,13 +95,12 @@ def read_folders(root: Path, source: str = "imagefolder") -> Splits:
     if found["train"] is None or (found["val"] is None and found["test"] is None):
         raise missing(source, root, "train and val folders are not there")
     train = found["train"]
-    names = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
+    names = _class_folders(train)
     splits = {}
     for split, folder in found.items():
         if folder is None:
             continue
-        theirs = {path.name for path in folder.iterdir() if path.is_dir()}
-        differing = sorted(theirs ^ set(names))
+        differing = sorted(set(_class_folders(folder)) ^ set(names))
         if differing:
             raise UserError(
                 f"class folders of {train.name} and {folder.name} differ: "
@@ -110,6 +112,12 @@ def read_folders(root: Path, source: str = "imagefolder") -> Splits:
         if not splits[split].sources:
             raise missing(source, root, f"no image in {folder.name}")
     return splits
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    """Sorted names; hidden folders are an editor's or a file manager's, not classes."""
+    found = (path.name for path in folder.iterdir() if path.is_dir())
+    return tuple(sorted(name for name in found if not name.startswith(".")))
 
 
 def _split_of(folder: Path, names: tuple[str, ...]) -> Split:
@@ -147,13 +155,35 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a data file")
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
-    """A CIFAR pickle with its keys as strings."""
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _unpickle(path: Path, *wanted: str) -> list[Any]:
+    """The wanted entries of a CIFAR pickle, whose keys may be bytes or strings."""
     try:
         content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in content.items()}
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as error:
+        entries = {_text(key): value for key, value in content.items()}
+    except Exception as error:  # the opcodes of a damaged pickle can raise anything
         raise UserError(f"not a CIFAR pickle, {error}", where=str(path)) from error
+    absent = [key for key in wanted if key not in entries]
+    if absent:
+        raise UserError(f"no entry {', '.join(absent)} in the pickle", where=str(path))
+    return [entries[key] for key in wanted]
+
+
+def _read_batch(path: Path, labels_key: str) -> tuple[np.ndarray, list[int]]:
+    """Pixels (N, 32, 32, 3) uint8 and labels of one file of R, G and B planes."""
+    data, labels = _unpickle(path, "data", labels_key)
+    try:
+        planes = np.asarray(data, dtype=np.uint8).reshape(-1, 3, 32, 32)
+        labels = [int(label) for label in labels]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"not the pixels and labels of CIFAR, {error}", where=str(path)) from error
+    if len(planes) != len(labels):
+        what = f"{len(planes)} images but {len(labels)} labels"
+        raise UserError(what, where=str(path), fix="the file is damaged, unpack it again")
+    return planes.transpose(0, 2, 3, 1), labels
 
 
 def read_cifar10(root: Path) -> Splits:
@@ -198,62 +228,91 @@ def _read_cifar(
     absent = [name for name in needed if not (folder_path / name).is_file()]
     if absent:
         raise missing(source, root, f"{', '.join(absent)} missing")
-    names = tuple(
-        name.decode() if isinstance(name, bytes) else str(name)
-        for name in _unpickle(folder_path / meta[0])[meta[1]]
-    )
+    meta_file, names_key, labels_key = meta
+    [raw_names] = _unpickle(folder_path / meta_file, names_key)
+    names = tuple(map(_text, raw_names))
     splits = {}
     for split, parts in files.items():
-        content = [_unpickle(folder_path / part) for part in parts]
-        try:
-            planes = np.concatenate([np.asarray(c["data"], dtype=np.uint8) for c in content])
-            labels = [int(label) for c in content for label in c[meta[2]]]
-            images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"not the pickles of {source}, {error}", where=str(folder_path)
-            ) from error
-        splits[split] = Split(list(images), labels, names)
+        batches = [_read_batch(folder_path / part, labels_key) for part in parts]
+        images = [image for pixels, _ in batches for image in pixels]
+        splits[split] = Split(images, [label for _, part in batches for label in part], names)
     return splits
+
+
+class _Column(Sequence[Any]):
+    """A column of a data set, entry by entry from its memory-mapped file.
+
+    Several times faster than a data set's own row access, which formats the row first.
+    """
+
+    def __init__(self, table: "datasets.Dataset", name: str) -> None:
+        self.table, self.name = table, name
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.table.data.column(self.name)[index].as_py()
 
 
 def read_parquet(root: Path, image: str = "image", label: str = "label") -> Splits:
     """Parquet files with an image and a label column, read through Hugging Face datasets.
 
-    Raises:
-        UserError: missing files or columns, or labels that are no class numbers.
-    """
-    import datasets
+    Class names are those of a ClassLabel column, else the numbers up to the largest in training.
 
+    Raises:
+        UserError: missing files or columns, splits whose classes differ, or labels that are no
+            class numbers.
+    """
     patterns = {"train": ["train"], "val": ["val", "validation"], "test": ["test"]}
-    splits = {}
+    splits: Splits = {}
     for split, stems in patterns.items():
-        files = sorted(
-            {str(p) for stem in stems for p in root.rglob(f"{stem}*.parquet")}
-            if root.is_dir()
-            else ()
-        )
+        files = sorted({str(p) for stem in stems for p in root.rglob(f"{stem}*.parquet")})
         if not files:
             continue
-        try:
-            table = datasets.load_dataset("parquet", data_files=files, split="train")
-        except Exception as error:  # datasets wraps what a damaged file raises in many ways
-            raise UserError(f"not a parquet file, {error}", where=files[0]) from error
-        absent = [name for name in (image, label) if name not in table.column_names]
-        if absent:
-            raise UserError(
-                f"column {', '.join(absent)} missing; there are {', '.join(table.column_names)}",
-                where=files[0],
-                fix="name yours with --data.image_column and --data.label_column",
-            )
-        table = table.cast_column(image, datasets.Image(decode=False))
-        feature = table.features[label]
-        labels = [int(value) for value in table[label]]
-        names = getattr(feature, "names", None) or [str(k) for k in range(max(labels) + 1)]
-        splits[split] = Split(table[image], labels, tuple(names))
+        table = _load_parquet(files, image, label)
+        labels = _int_labels(table[label], files[0])
+        named = getattr(table.features[label], "names", None)
+        names = tuple(named or (str(k) for k in range(max(labels, default=-1) + 1)))
+        known = splits["train"].names if "train" in splits else names
+        if named and set(names) != set(known):
+            what = f"classes of train and {split} differ: "
+            first = ", ".join(sorted(set(names) ^ set(known))[:5])
+            raise UserError(what + first, where=files[0], fix="write both with the same classes")
+        if named and names != known:  # the same classes under other numbers
+            labels = [known.index(names[k]) if 0 <= k < len(names) else k for k in labels]
+        splits[split] = Split(_Column(table, image), labels, known)
     if "train" not in splits or len(splits) < 2:
         raise missing("parquet", root, "train and test files are not there")
     return splits
+
+
+def _load_parquet(files: list[str], image: str, label: str) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
+    except Exception as error:  # datasets wraps what a damaged file raises in many ways
+        raise UserError(f"not a parquet file, {error}", where=files[0]) from error
+    absent = [name for name in (image, label) if name not in table.column_names]
+    if absent:
+        raise UserError(
+            f"column {', '.join(absent)} missing; there are {', '.join(table.column_names)}",
+            where=files[0],
+            fix="name yours with --data.image_column and --data.label_column",
+        )
+    try:
+        return table.cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # datasets and Arrow raise whatever their conversion meets
+        raise UserError(f"column {image} holds no images, {error}", where=files[0]) from error
+
+
+def _int_labels(values: Sequence[Any], where: str) -> list[int]:
+    for index, value in enumerate(values):
+        if not isinstance(value, int):
+            what = f"label {value!r} of image {index} is no class number"
+            raise UserError(what, where=where, fix="store classes as 0, 1, 2 and so on")
+    return list(values)
 
 
 SOURCES: dict[str, Callable[..., Splits]] = {

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms_factory import create_transform
 from torchvision.transforms import v2
 
 from tenfold.errors import UserError
@@ -40,17 +40,17 @@ def train_transform(
     if augment == "imagenet":
         if len(mean) != 3:
             raise UserError("augment imagenet needs colour images")
-        return create_transform(
+        return create_transform(  # pyright: ignore[reportReturnType]
             size,
             is_training=True,
             auto_augment="rand-m9-mstd0.5",
             interpolation="random",
             re_prob=0.2,
             re_mode="pixel",
-            color_jitter=None,
+            color_jitter=None,  # pyright: ignore[reportArgumentType]
             mean=tuple(mean),
             std=tuple(std),
-        )  # pyright: ignore[reportReturnType]
+        )
     steps: list[Any] = [_Fit(size)]
     if augment != "none":
         steps += [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]

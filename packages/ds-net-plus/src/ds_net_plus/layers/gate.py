@@ -126,5 +126,5 @@ class PlainGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """X', or (X', route logits) where the slimming head is present."""
         hidden = F.relu(self.layers[0](x.mean((2, 3))))
-        y = x * _attention(self.layers[1](hidden), self.attention)[:, :, None, None]
+        y = x.mul_(_attention(self.layers[1](hidden), self.attention)[:, :, None, None])
         return (y, self.layers[2](hidden)) if len(self.layers) == 3 else y

@@ -1,9 +1,11 @@
 """The networks, and `create_model` to build one by name."""
 
 from ds_net_plus.model.base import (
+    LARGEST,
     DynamicNet,
     DynamicOutput,
     Front,
+    PlainRoute,
     Route,
     RouteLike,
     check_statistics,
@@ -17,12 +19,14 @@ from ds_net_plus.model.mobilenet import DSMobileNet
 from ds_net_plus.model.registry import MODELS, create_model
 
 __all__ = [
+    "LARGEST",
     "MODELS",
     "DSConvNet",
     "DSMobileNet",
     "DynamicNet",
     "DynamicOutput",
     "Front",
+    "PlainRoute",
     "Route",
     "RouteLike",
     "check_statistics",

@@ -362,11 +362,11 @@ def check_statistics(net: DynamicNet, routes: Sequence[RouteLike]) -> None:
         if isinstance(bn, SwitchableBN)
     ]
     training = net.training
-    device = next(net.parameters()).device
+    parameter = next(net.parameters())
     try:
         for route in routes:
             used.clear()
-            blank = torch.zeros(1, net.in_channels, 32, 32, device=device)
+            blank = parameter.new_zeros(1, net.in_channels, 32, 32)
             with torch.no_grad():
                 net.eval()(blank, route=route)
             for layer, width in used:
@@ -386,6 +386,8 @@ def check_statistics(net: DynamicNet, routes: Sequence[RouteLike]) -> None:
 def tau_for_budget(net: DynamicNet, budget: float) -> float:
     """The tau whose calibrated cost is `budget`, interpolated in the table of `calibrate-budget`.
 
+    A budget above the dearest entry is that entry's tau: more is not wanted by the gate.
+
     Args:
         net: a network with `budgets`.
         budget: target share of the widest routed MAdds, 0..1.
@@ -399,9 +401,9 @@ def tau_for_budget(net: DynamicNet, budget: float) -> float:
         )
     taus, costs = zip(*sorted(net.budgets, key=lambda pair: pair[1]), strict=True)
     target = budget * net.madds(net.routing_space[-1])
-    if not costs[0] <= target <= costs[-1]:
-        low, high = (cost / net.madds(net.routing_space[-1]) for cost in (costs[0], costs[-1]))
-        raise UserError(f"budget {budget} is not feasible", fix=f"choose {low:.3f} to {high:.3f}")
+    if not costs[0] <= target or budget > 1:
+        low = costs[0] / net.madds(net.routing_space[-1])
+        raise UserError(f"budget {budget} is not feasible", fix=f"choose {low:.3f} to 1")
     return float(np.interp(target, costs, taus))
 
 
