@@ -1,6 +1,6 @@
-"""The contract on a toy package: a sound one passes, and each planted defect fails its test.
+"""The contract on a sample package: a sound one passes, and each planted defect fails its test.
 
-The toy is written to a folder, as a package of its own would be installed; the contracts are
+The sample is written to a folder, as a package of its own would be installed; the contracts are
 classes of this file, which the contract's processes load by its path.
 """
 
@@ -108,9 +108,9 @@ def refuse(file: str) -> None:
 CLI = """
 from tenfold.cli import App, Command
 
-MODEL = {"model": "toy.module:Toy", "datamodule": "toy.module:Numbers"}
-COMMANDS = {"refuse": Command("toy.module:refuse", "refuse a file")}
-app = App("toy", "toy", "A toy.", **MODEL, commands=COMMANDS)
+MODEL = {"model": "sample.module:Toy", "datamodule": "sample.module:Numbers"}
+COMMANDS = {"refuse": Command("sample.module:refuse", "refuse a file")}
+app = App("sample", "sample", "A sample.", **MODEL, commands=COMMANDS)
 """
 
 RECIPES = {
@@ -125,13 +125,13 @@ _FOLDER = tempfile.TemporaryDirectory()
 def write_toy(folder: Path) -> None:
     (folder / "recipes").mkdir(parents=True)
     files = {"__init__.py": "", "module.py": MODULE, "cli.py": CLI}
-    files["slow.py"] = "import torch\nfrom toy.cli import app"
+    files["slow.py"] = "import torch\nfrom sample.cli import app"
     files |= {f"recipes/{name}.yaml": text for name, text in RECIPES.items()}
     for name, text in files.items():
         (folder / name).write_text(text)
 
 
-write_toy(Path(_FOLDER.name) / "toy")  # when pytest collects, the recipes must be there
+write_toy(Path(_FOLDER.name) / "sample")  # when pytest collects, the recipes must be there
 sys.path.insert(0, _FOLDER.name)
 
 
@@ -155,12 +155,12 @@ class Sound(PackageContract):
     defect = ""
 
     def module(self):
-        from toy.module import Toy
+        from sample.module import Toy
 
         return Toy(defect=self.defect)
 
     def data(self):
-        from toy.module import Numbers
+        from sample.module import Numbers
 
         return Numbers(16 if self.defect == "few" else 40, 9 if self.defect == "odd" else 8)
 
@@ -170,7 +170,7 @@ class Sound(PackageContract):
 
     @property
     def cli(self):
-        return "toy.slow:app" if self.defect == "slow" else "toy.cli:app"
+        return "sample.slow:app" if self.defect == "slow" else "sample.cli:app"
 
 
 class TestSound(Sound):

@@ -278,6 +278,8 @@ def silence_noise() -> None:
         "The .* does not have many workers",
         "The number of training batches",  # is smaller than the logging interval
         ".*LeafSpec",
+        "Found .* module.s. in eval mode",  # frozen nets and teachers stay so on purpose
+        "Total length of `list` across ranks",  # a data module without validation data
     ):
         warnings.filterwarnings("ignore", message)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
