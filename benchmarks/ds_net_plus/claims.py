@@ -13,12 +13,13 @@ from benchmarks.ds_net_plus.tables import write_tables
 from benchmarks.results import Results
 from ds_net_plus.cli import app
 from ds_net_plus.commands.demo import (
+    SPEEDS,
+    evaluate_routes,
     measure_latency,
     recipe_parts,
     summarise,
     train_both,
 )
-from ds_net_plus.commands.stages import budget_table
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import (
     RouteTable,
@@ -154,7 +155,8 @@ def wide_run(seed: int) -> dict[str, Any]:
     """The headline: a network large enough for the clock, MAdds and milliseconds together."""
     gc.collect()
     start = time.time()
-    trained = train_both("glyph-mix-48", WORK / f"wide-{seed}", seed=seed, progress=True)
+    folder = WORK / f"wide-{seed}"
+    trained = train_both("glyph-mix-48", folder, seed=seed, routes=SPEEDS)
     seconds = time.time() - start
     latency = measure_latency(trained)
     best = headline_point(trained.table, trained.points)
@@ -185,13 +187,9 @@ def cifar_run() -> dict[str, Any]:
 def cifar_values(ckpt: Path) -> dict[str, Any]:
     """Static curve, dynamic points and times of the finished network."""
     from ds_net_plus.commands.common import open_data, open_network
-    from ds_net_plus.commands.demo import Trained
 
     saved, net = open_network(ckpt, "ema")
     data = open_data(saved, None)
-    net.budgets = budget_table(collect(net, data.calibration_loader()))
-    table = collect(net, data.test_loader())
-    points = [point_at(table, tau) for tau, _ in sorted(net.budgets, reverse=True)]
-    trained = Trained(net, data, table, points)
+    trained = evaluate_routes(net, data, collect(net, data.calibration_loader()), SPEEDS)
     latency = measure_latency(trained)
-    return summarise(trained, latency, headline_point(table, points))
+    return summarise(trained, latency, headline_point(trained.table, trained.points))

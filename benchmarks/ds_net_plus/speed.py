@@ -81,11 +81,15 @@ def table(runs: dict[str, Any]) -> str:
             name,
             f"{runs[f'mix {name}']['madds_ratio']:.2f}",
             *(f"{runs[f'mix {name}']['time_ratio'][k]:.2f}" for k in ("grouped", "per image")),
-            f"{ratio(runs[f'mix {name}'], 'masked', 'grouped'):.1f}x",
+            *(
+                f"{ratio(runs[f'mix {name}'], rival, 'grouped'):.1f}x"
+                for rival in ("masked", "masked, plain front")
+            ),
         ]
         for name in MIXES
     ]
     head = ["route mix 0/4/8/13", "MAdds ratio", "grouped", "one by one", "masked / grouped"]
+    head.append("masked with our front / grouped")
     second = [
         [
             str(row["route"]),

@@ -1,7 +1,7 @@
 """What a gate is worth: every route's answer on a split, and the metrics computed from them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ds_net_plus.model import DynamicNet, choose_routes
+from ds_net_plus.model import FORBIDDEN, DynamicNet, choose_routes
 from tenfold.errors import UserError
 
 
@@ -109,7 +109,13 @@ def with_gate(table: RouteTable, net: DynamicNet) -> RouteTable:
     with torch.no_grad():
         device = next(net.parameters()).device
         scores = net.scores(net.gate_logits(table.gate_input.to(device))).cpu()
-    return RouteTable(table.gate_input, scores, table.logits, table.labels, table.madds, table.hard)
+    return replace(table, scores=scores)
+
+
+def restrict(table: RouteTable, positions: Sequence[int]) -> RouteTable:
+    """The same answers where the gate may choose among some positions of the space only."""
+    allowed = torch.tensor([j in positions for j in range(len(table.madds))])
+    return replace(table, scores=table.scores.masked_fill(~allowed, FORBIDDEN))
 
 
 def point_at(table: RouteTable, tau: float = 0.0) -> Point:

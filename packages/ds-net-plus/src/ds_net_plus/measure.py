@@ -126,8 +126,9 @@ def execution_rivals(
     """Ways to run a batch whose images take the routes `choice` of the routing space.
 
     "widest" and "cheapest": every image on that plain network. "grouped": `DynamicRunner` with
-    these choices, its gate and front included. "masked": one dense run at the widest, masked per
-    image. "per image": `grouped` one image at a time. "naive widest": the widest route by slicing
+    these choices, its gate and front included. "masked": the path of the mask estimator, one dense
+    run at the widest, masked per image; "masked, plain front": the same behind the runner's front.
+    "per image": `grouped` one image at a time. "naive widest": the widest route by slicing
     views, norms not folded, NCHW weights.
     """
     runner = DynamicRunner(net)
@@ -141,8 +142,10 @@ def execution_rivals(
         return runner.run(features, choice, size)
 
     def masked(x: Tensor) -> object:
-        features, _ = runner.front(x)
-        return net.masked_rest(features, gate, space)
+        return net.masked_rest(net.front(x).features, gate, space)
+
+    def masked_lean(x: Tensor) -> object:
+        return net.masked_rest(runner.front(x)[0], gate, space)
 
     def one_by_one(x: Tensor) -> object:
         return [
@@ -155,6 +158,7 @@ def execution_rivals(
         "cheapest": fast_route(net, space[0]),
         "grouped": grouped,
         "masked": masked,
+        "masked, plain front": masked_lean,
         "per image": one_by_one,
         "naive widest": lambda x: net(x.contiguous(), route=space[-1]),
     }

@@ -25,6 +25,7 @@ from ds_net_plus.model import (
     tau_for_budget,
 )
 from ds_net_plus.steps import (
+    DISTILL_MODES,
     Stage2Output,
     drop_zero_gradients,
     ema_update,
@@ -248,6 +249,7 @@ class SupernetModule(NetModule):
         super().__init__(arch, net, route, tau, budget)
         self.save_hyperparameters()
         for name, value, allowed in (
+            ("distill", distill, DISTILL_MODES),
             ("schedule", schedule, ("epoch", "step")),
             ("weights", weights, ("ema", "student")),
         ):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ds_net_plus.model import LARGEST, DynamicNet, DynamicOutput, PlainRoute, RouteLike
+from ds_net_plus.model import FORBIDDEN, LARGEST, DynamicNet, DynamicOutput, PlainRoute, RouteLike
 
 CHUNK_PIXELS = 4 * 224 * 224
 """Pixels that the front takes at a time on a CPU; measured: 1.7 times faster than all of 32."""
@@ -99,7 +99,7 @@ class DynamicRunner:
         features, gate_logits = self.front(x.contiguous(memory_format=self.memory_format))
         if self.routes != self.model.routing_space:
             allowed = torch.tensor([r in self.routes for r in self.model.routing_space])
-            gate_logits = gate_logits.masked_fill(~allowed.to(x.device), -1e4)
+            gate_logits = gate_logits.masked_fill(~allowed.to(x.device), FORBIDDEN)
         choice = self.model.decide(gate_logits, self.tau)
         return self.run(features, choice, x.shape[-1])
 

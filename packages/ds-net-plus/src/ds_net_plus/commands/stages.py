@@ -23,7 +23,7 @@ from ds_net_plus.train import train_gate as run_stage2
 from tenfold.errors import UserError
 from tenfold.plotting import save
 
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SHARES = (0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 def recalibrate(

@@ -1,6 +1,7 @@
 """The networks, and `create_model` to build one by name."""
 
 from ds_net_plus.model.base import (
+    FORBIDDEN,
     LARGEST,
     DynamicNet,
     DynamicOutput,
@@ -19,6 +20,7 @@ from ds_net_plus.model.mobilenet import DSMobileNet
 from ds_net_plus.model.registry import MODELS, create_model
 
 __all__ = [
+    "FORBIDDEN",
     "LARGEST",
     "MODELS",
     "DSConvNet",

@@ -14,6 +14,8 @@ from ds_net_plus.layers import SwitchableBN
 from tenfold.errors import UserError
 
 LARGEST = "largest"
+FORBIDDEN = -1e4
+"""Score of a route that the gate may not choose."""
 RouteLike = int | str
 
 
