@@ -287,5 +287,5 @@ def silence_noise() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    noise = "Tip:|TPU available: False|`weights_only` was not set"
+    noise = "Tip:|PU available: False|to estimate number|`weights_only` was not set"
     return not re.search(noise, record.getMessage())

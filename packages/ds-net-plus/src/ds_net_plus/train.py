@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from ds_net_plus.data import ImageData
@@ -17,6 +16,7 @@ from ds_net_plus.recalibration import recalibrate
 from tenfold.data import DataModule, TensorItems
 from tenfold.progress import PlainProgress, on_terminal, track
 from tenfold.training import Resumable, StepSeed, StopOnBadLoss, resume_path
+from tenfold.verbs import run_loggers
 
 
 def make_trainer(
@@ -31,7 +31,7 @@ def make_trainer(
         devices=1,
         max_epochs=epochs,
         callbacks=callbacks,
-        logger=CSVLogger(folder, name="", version=""),
+        logger=run_loggers(folder, checkpoint=resume_path(folder)),
         enable_checkpointing=False,
         enable_progress_bar=progress and on_terminal(),
         enable_model_summary=False,
