@@ -500,7 +500,8 @@ class GateModule(NetModule):
     def on_train_epoch_end(self) -> None:
         """Warns where nearly every image takes one route."""
         share = self._counts / self._counts.sum().clamp(min=1)
-        if float(share.max()) > COLLAPSE_SHARE:
+        # a value gate favours the widest route by nature, until tau puts a price on it
+        if self.hparams["gate_loss"] == "sgs" and float(share.max()) > COLLAPSE_SHARE:
             log.warning(
                 "gate collapse: routes %s chosen %s times; turn SGS on (--sgs try_best), change "
                 "--lambda-cplx, or set tau",
