@@ -9,13 +9,9 @@ import torch
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import collect
 from ds_net_plus.model import DSConvNet
-from ds_net_plus.module import (
-    GateModule,
-    SupernetModule,
-    learning_rate_factor,
-    parse_route,
-    start_from,
-)
+from ds_net_plus.module import GateModule, SupernetModule
+from ds_net_plus.module.base import parse_route
+from ds_net_plus.module.supernet import learning_rate_factor, start_from
 from ds_net_plus.train import (
     CachedRoutes,
     make_trainer,

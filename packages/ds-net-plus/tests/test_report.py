@@ -185,6 +185,8 @@ def test_gallery_undoes_the_normalisation_and_groups_by_route():
     frames = [p.get_edgecolor() for p in fig.axes[0].patches if not p.get_fill()]
     assert len(frames) == 3
     assert len(set(frames)) == 2
+    fig = report.gallery(images, [2, 0, 2, 2], MADDS, counts=[1, 0, 9])  # a part of ten images
+    assert "90 % of the images" in texts(fig.axes[0])
 
 
 def test_gallery_takes_grey_tensors_and_pil(tmp_path):

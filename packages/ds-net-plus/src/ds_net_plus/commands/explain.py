@@ -1,12 +1,16 @@
 """explain: which route each image takes, and how sure the gate is."""
 
 import csv
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ds_net_plus.commands.common import open_data, open_network
-from ds_net_plus.model import choose_routes, tau_for_budget
+from ds_net_plus.data import ImageData
+from ds_net_plus.model import DynamicNet, choose_routes, tau_for_budget
 from ds_net_plus.report import gallery
 from tenfold.errors import UserError
 from tenfold.plotting import save
@@ -45,31 +49,7 @@ def explain(
     tau = tau if budget is None else tau_for_budget(net, budget)
     bad = {"fail": "raise", "skip": "skip"}[on_error]
     source = open_data(saved, {"predict_root": str(images), "on_bad_item": bad})
-    place = next(net.parameters()).device
-    rows, kept = [], []
-    for batch in track(source.predict_dataloader(), label="explaining"):
-        with torch.no_grad():
-            front = net.front(batch.image.to(place))
-            logits = net.gate_logits(front.gate_input)
-            size = batch.image.shape[-1]
-            choice = choose_routes(net.scores(logits), net.space_madds(size), tau).cpu()
-            output = net.dispatch(front.features, choice, net.rest, net.space_madds(size))
-        share = net.scores(logits) if net.gate_score == "probability" else logits.softmax(1)
-        for n, index in enumerate(batch.index.tolist()):
-            rows.append(
-                {
-                    "image": str(source.predict_files[index]),
-                    "label": int(output.logits[n].argmax()),
-                    "score": round(float(output.logits[n].softmax(0).max()), 4),
-                    "route": int(output.routes[n, 0]),
-                    "madds": int(output.madds[n]),
-                    **{
-                        f"p_route{k}": round(float(share[n, j]), 4)
-                        for j, k in enumerate(net.routing_space)
-                    },
-                }
-            )
-            kept.append(batch.image[n].cpu())
+    rows, shown = explain_images(net, source, tau, per_route)
     if not rows:
         raise UserError("there is no readable image", where=str(images))
     out.mkdir(parents=True, exist_ok=True)
@@ -78,16 +58,55 @@ def explain(
         writer.writeheader()
         writer.writerows(rows)
     space = net.routing_space
-    chosen = torch.tensor([space.index(row["route"]) for row in rows])
+    position = {route: j for j, route in enumerate(space)}
+    counts = Counter(row["route"] for row in rows)
     figure = gallery(
-        torch.stack(kept),
-        chosen,
-        net.space_madds(kept[0].shape[-1]),
+        torch.stack(list(shown.values())),
+        [position[rows[n]["route"]] for n in shown],
+        net.space_madds(next(iter(shown.values())).shape[-1]),
         routes=space,
+        counts=[counts[route] for route in space],
         mean=source.mean,
         std=source.std,
         columns=per_route,
     )
     print(f"wrote {out / 'routes.csv'} and {save(figure, out / 'gallery.png')}")
-    for j, route in enumerate(space):
-        print(f"route {route}: {int((chosen == j).sum())} of {len(rows)} images")
+    for route in space:
+        print(f"route {route}: {counts[route]} of {len(rows)} images")
+
+
+@torch.no_grad()
+def explain_images(
+    net: DynamicNet, source: ImageData, tau: float, per_route: int
+) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
+    """A row for every readable image; by row number, the first images of each route."""
+    place = next(net.parameters()).device
+    rows, shown, seen = [], {}, Counter()
+    for batch in track(source.predict_dataloader(), label="explaining"):
+        front = net.front(batch.image.to(place))
+        logits = net.gate_logits(front.gate_input)
+        scores, madds = net.scores(logits), net.space_madds(batch.image.shape[-1])
+        output = net.dispatch(
+            front.features, choose_routes(scores, madds, tau).cpu(), net.rest, madds
+        )
+        probability = scores if net.gate_score == "probability" else logits.softmax(1)
+        score, label = output.logits.softmax(1).max(1)
+        for n, index in enumerate(batch.index.tolist()):
+            route = int(output.routes[n, 0])
+            if seen[route] < per_route:
+                shown[len(rows)] = batch.image[n]
+            seen[route] += 1
+            rows.append(
+                {
+                    "image": str(source.predict_files[index]),
+                    "label": int(label[n]),
+                    "score": round(float(score[n]), 4),
+                    "route": route,
+                    "madds": int(output.madds[n]),
+                }
+                | {
+                    f"p_route{k}": round(p, 4)
+                    for k, p in zip(net.routing_space, probability[n].tolist(), strict=True)
+                }
+            )
+    return rows, shown

@@ -21,6 +21,7 @@ def gallery(
     *,
     captions: Sequence[str] = (),
     routes: Sequence[int] | None = None,
+    counts: Sequence[int] | None = None,
     mean: Statistic = 0.0,
     std: Statistic = 1.0,
     columns: int = 10,
@@ -34,6 +35,7 @@ def gallery(
         madds: cost of every route.
         captions: one an image, such as its class; none if empty.
         routes: indices of the routes in the network; 0 to K - 1 where None.
+        counts: images that took each route, where `images` are a part of them.
         mean: subtracted in the normalisation, of all channels or of each.
         std: divided by in the normalisation.
         columns: at most so many images of a route.
@@ -43,7 +45,7 @@ def gallery(
         ValueError: choices or captions that are not one an image.
     """
     tiles = _tiles(images, captions, mean, std)
-    groups = _groups(tiles, _positions(choice, len(tiles)), madds, routes, columns)
+    groups = _groups(tiles, _positions(choice, len(tiles)), madds, routes, columns, counts)
     return image_grid(groups, columns=columns, title=title)
 
 
@@ -109,15 +111,17 @@ def _groups(
     madds: Sequence[int],
     routes: Sequence[int] | None,
     most: int,
+    counts: Sequence[int] | None = None,
 ) -> list[TileGroup]:
     """One group a route, with at most `most` of its images."""
     unit, letter = madds_unit(madds[-1])
+    counts = counts or [positions.count(k) for k in range(len(madds))]
     groups = []
     for k, (name, color) in enumerate(
         zip(route_names(len(madds), routes), route_colors(len(madds)), strict=True)
     ):
         mine = [tile for tile, position in zip(tiles, positions, strict=True) if position == k]
-        share = 100 * len(mine) / max(len(tiles), 1)
+        share = 100 * counts[k] / max(sum(counts), 1)
         groups.append(
             TileGroup(
                 f"{name}: {short(madds[k] / unit)} {letter} multiply-adds",

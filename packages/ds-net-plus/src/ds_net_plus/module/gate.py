@@ -1,0 +1,163 @@
+"""Stage II as a Lightning module: the slimming head of a frozen supernet."""
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+from ds_net_plus.data import Batch
+from ds_net_plus.losses import GateLoss
+from ds_net_plus.module.base import NetModule
+from ds_net_plus.steps import Stage2Output, gate_objective
+from tenfold.errors import UserError
+
+log = logging.getLogger(__name__)
+
+COLLAPSE_SHARE = 0.99
+
+
+class GateBatch(NamedTuple):
+    """Cached Stage-II data of a batch: what the gate reads, and what every route answers."""
+
+    gate_input: Tensor
+    route_logits: Tensor
+    label: Tensor
+
+
+class GateModule(NetModule):
+    """Stage II: trains the slimming head of a frozen supernet."""
+
+    def __init__(
+        self,
+        arch: str = "ds_cnn_tiny",
+        net: dict[str, Any] | None = None,
+        gate_loss: str = "value",
+        estimator: str = "mixture",
+        sgs: str = "try_best",
+        sgs_on: str = "logits",
+        lambda_ce: float = 1.0,
+        lambda_cplx: float = 0.5,
+        lambda_sgs: float = 1.0,
+        scale: float | None = None,
+        smoothing: float = 0.1,
+        optimizer: str = "adam",
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        route: str = "dynamic",
+        tau: float = 0.0,
+        budget: float | None = None,
+    ) -> None:
+        """Builds the network; the supernet's weights are loaded by the caller.
+
+        Args:
+            arch: a name of `create_model`.
+            net: constructor arguments that differ from the named configuration.
+            gate_loss: "value" (one gate for every budget) or "sgs" (the paper's loss).
+            estimator: gradient of the paper's loss: "mixture" or "mask".
+            sgs: difficulty labels: "try_best", "give_up", "ladder" or "none".
+            sgs_on: "logits", or "probs" as in the official program.
+            lambda_ce: weight of the classification loss.
+            lambda_cplx: weight of the complexity term.
+            lambda_sgs: weight of the difficulty labels.
+            scale: MAdds that count as 1 in the complexity term; the widest route's if left out.
+            smoothing: label smoothing.
+            optimizer: "adam", or "sgd" (Nesterov 0.9, the official choice).
+            lr: peak learning rate, cosine to zero.
+            weight_decay: on the slimming head (official: 0.01).
+            route: what validate, test and predict run: "dynamic", "largest" or a route index.
+            tau: price of compute in dynamic decisions.
+            budget: target share of the widest route's MAdds instead of `tau`.
+
+        Raises:
+            UserError: an option that does not exist.
+        """
+        super().__init__(arch, net, route, tau, budget)
+        self.save_hyperparameters()
+        if optimizer not in ("adam", "sgd"):
+            raise UserError(f"optimizer must be 'adam' or 'sgd', got {optimizer!r}")
+        self.net.requires_grad_(False).eval()
+        for parameter in self.net.gate_parameters():
+            parameter.requires_grad_(True)
+        self.net.gate_score = "probability" if gate_loss == "value" else "logit"
+        scale = None if scale is None else float(scale)
+        self._counts = torch.zeros(self.net.gate_outputs, dtype=torch.int64)
+        self.objective = GateLoss(lambda_ce, lambda_cplx, lambda_sgs, scale, sgs_on, smoothing)
+
+    def train(self, mode: bool = True) -> "GateModule":
+        """The frozen supernet stays in eval mode."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Adam or SGD over the slimming head, cosine to zero."""
+        h, parameters = self.hparams, self.net.gate_parameters()
+        optimizer = (
+            Adam(parameters, h["lr"], weight_decay=h["weight_decay"])
+            if h["optimizer"] == "adam"
+            else SGD(parameters, h["lr"], 0.9, weight_decay=h["weight_decay"], nesterov=True)
+        )
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self) -> None:
+        """From here on the gate counts as trained."""
+        self.net.gate_trained = True
+
+    def training_step(self, batch: Batch | GateBatch, batch_idx: int) -> Tensor:
+        """Stage-II loss of one batch, from the images or from the cache."""
+        output = self._objective(batch)
+        for name, value in output.losses.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
+        chosen = output.gate_logits.detach().argmax(1).cpu()
+        self._counts += chosen.bincount(minlength=self.net.gate_outputs)
+        return output.loss
+
+    def _objective(self, batch: Batch | GateBatch) -> Stage2Output:
+        options = {k: self.hparams[k] for k in ("gate_loss", "estimator", "sgs")}
+        if isinstance(batch, GateBatch):
+            return gate_objective(
+                self.net,
+                batch.gate_input,
+                batch.label,
+                route_logits=batch.route_logits,
+                objective=self.objective,
+                **options,
+            )
+        with torch.no_grad():
+            front = self.net.front(batch.image)
+        return gate_objective(
+            self.net,
+            front.gate_input,
+            batch.label,
+            features=front.features,
+            objective=self.objective,
+            size=batch.image.shape[-1],
+            **options,
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Warns where nearly every image takes one route."""
+        share = self._counts / self._counts.sum().clamp(min=1)
+        # a value gate favours the widest route by nature, until tau puts a price on it
+        if self.hparams["gate_loss"] == "sgs" and float(share.max()) > COLLAPSE_SHARE:
+            log.warning(
+                "gate collapse: routes %s chosen %s times; turn SGS on (--sgs try_best), change "
+                "--lambda-cplx, or set tau",
+                list(self.net.routing_space),
+                self._counts.tolist(),
+            )
+        self._counts.zero_()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Top-1 and mean MAdds of the gate's choices."""
+        output = self(batch.image)
+        self.top1(output.logits, batch.label)
+        self.mean_madds(output.madds.double())
+        self.log("val/top1", self.top1, prog_bar=True)
+        self.log("val/madds", self.mean_madds)

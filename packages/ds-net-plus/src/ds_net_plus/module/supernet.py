@@ -1,0 +1,256 @@
+"""Stage I as a Lightning module: the sandwich rule with its moving-average teacher."""
+
+import copy
+import logging
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.classification import MulticlassAccuracy
+
+from ds_net_plus.checkpoint import load_net
+from ds_net_plus.data import Batch
+from ds_net_plus.model import DynamicNet
+from ds_net_plus.module.base import NetModule
+from ds_net_plus.steps import (
+    DISTILL_MODES,
+    drop_zero_gradients,
+    ema_update,
+    sample_routes,
+    stage1_step,
+)
+from tenfold.checkpoint import compare_keys, ema_decay
+from tenfold.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def learning_rate_factor(
+    t: float, total: float, warmup: float, cooldown: float, start: float, floor: float
+) -> float:
+    """Linear warm-up from `start` to 1, cosine to `floor`, then constant: shares of the peak.
+
+    The cosine runs over [0, total - cooldown]; the warm-up hides its beginning, as in timm.
+    """
+    if t < warmup:
+        return start + (1 - start) * t / warmup
+    span = total - cooldown
+    if t >= span:
+        return floor
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t / span))
+
+
+def start_from(net: DynamicNet, path: str) -> None:
+    """Loads the weights of another supernet of the same widths, a fitting classifier included.
+
+    Raises:
+        UserError: anything but the classifier differs.
+    """
+    state = load_net(path).state_dict()
+    keys = compare_keys(state, net.state_dict())
+    others = [k for k, *_ in keys.mismatched if not k.startswith("classifier.")]
+    if keys.missing or keys.unexpected or others:
+        raise UserError(f"the checkpoint is of another network: {keys.summary()}", where=path)
+    fresh = {k: v for k, v in net.state_dict().items() if k.startswith("classifier.")}
+    net.load_state_dict({**state, **fresh} if keys.mismatched else state)
+
+
+class SupernetModule(NetModule):
+    """Stage I: sandwich rule with distillation, and the moving average that teaches."""
+
+    def __init__(
+        self,
+        arch: str = "ds_cnn_tiny",
+        net: dict[str, Any] | None = None,
+        distill: str = "ib",
+        ensemble: bool = False,
+        random_routes: int = 2,
+        smoothing: float = 0.1,
+        lr: float = 0.08,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        warmup: float = 5,
+        cooldown: float = 10,
+        warmup_lr: float = 1e-5,
+        min_lr: float = 1e-5,
+        schedule: str = "epoch",
+        ema: float = 0.997,
+        ema_warmup: bool = True,
+        weights: str = "ema",
+        check_ranks: bool = False,
+        init_from: str | None = None,
+        seed: int = 0,
+        route: str = "dynamic",
+        tau: float = 0.0,
+        budget: float | None = None,
+    ) -> None:
+        """Builds student and teacher.
+
+        Args:
+            arch: a name of `create_model`.
+            net: constructor arguments that differ from the named configuration.
+            distill: what all modes but the largest learn from, see `stage1_step`.
+            ensemble: ensemble bootstrapping of the smallest route (IEB).
+            random_routes: routes between smallest and largest in every step.
+            smoothing: label smoothing.
+            lr: peak learning rate.
+            momentum: of Nesterov SGD.
+            weight_decay: on weights of two or more dimensions.
+            warmup: epochs of linear warm-up from `warmup_lr`.
+            cooldown: epochs at `min_lr` in the end.
+            warmup_lr: learning rate at the start.
+            min_lr: learning rate at the end.
+            schedule: "epoch" changes the rate once an epoch, "step" after every step.
+            ema: decay of the teacher's moving average, per step.
+            ema_warmup: start with min(ema, (1 + t) / (10 + t)).
+            weights: which copy validate, test and predict run: "ema" or "student".
+            check_ranks: compare the sampled routes across ranks in every step.
+            init_from: a checkpoint to start from; a classifier of other size is left out.
+            seed: of the sampled routes.
+            route: what validate, test and predict run: "dynamic", "largest" or a route index.
+            tau: price of compute in dynamic decisions.
+            budget: target share of the widest route's MAdds instead of `tau`.
+
+        Raises:
+            UserError: an option that does not exist.
+        """
+        super().__init__(arch, net, route, tau, budget)
+        self.save_hyperparameters()
+        for name, value, allowed in (
+            ("distill", distill, DISTILL_MODES),
+            ("schedule", schedule, ("epoch", "step")),
+            ("weights", weights, ("ema", "student")),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.automatic_optimization = False
+        if init_from is not None:
+            start_from(self.net, init_from)
+        for parameter in self.net.gate_parameters():
+            parameter.requires_grad_(False)
+        self.net.gate_trained = False  # that is what Stage II is for
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.route_top1 = nn.ModuleDict(
+            {
+                str(route): MulticlassAccuracy(self.net.num_classes, average="micro")
+                for route in self.watched_routes()
+            }
+        )
+
+    def watched_routes(self) -> list[int | str]:
+        """The routes whose accuracy validation reports."""
+        return [*self.net.routing_space, "largest"]
+
+    def evaluated(self) -> DynamicNet:
+        """The moving average, or the student if `weights` says so."""
+        return self.teacher if self.hparams["weights"] == "ema" else self.net
+
+    def train(self, mode: bool = True) -> "SupernetModule":
+        """The teacher always stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Nesterov SGD with a cosine schedule; no decay on biases and norms."""
+        h = self.hparams
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": h["weight_decay"]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = SGD(groups, h["lr"], h["momentum"], nesterov=h["momentum"] > 0)
+        per_epoch = self._steps() / self.trainer.max_epochs if self.trainer.max_epochs else 1.0
+        unit = 1.0 if h["schedule"] == "epoch" else per_epoch
+
+        def factor(t: int) -> float:
+            return learning_rate_factor(
+                t / unit,
+                self._steps() / per_epoch,
+                h["warmup"],
+                h["cooldown"],
+                h["warmup_lr"] / h["lr"],
+                h["min_lr"] / h["lr"],
+            )
+
+        return [optimizer], [LambdaLR(optimizer, factor)]
+
+    def _steps(self) -> int:
+        return max(1, int(self.trainer.estimated_stepping_batches))
+
+    def on_train_start(self) -> None:
+        """Warns of a teacher that never leaves its initial weights."""
+        self._student_state = dict(self.net.state_dict())
+        self._teacher_state = dict(self.teacher.state_dict())
+        kept = 1.0
+        for step in range(self._steps()):
+            kept *= self._decay(step)
+            if kept < 0.5:
+                return
+        if self.hparams["distill"] not in ("none", "inplace"):
+            log.warning(
+                "teacher still more than half initial weights at the end (share %.2f): "
+                "lower --model.ema or train longer",
+                kept,
+            )
+
+    def _decay(self, step: int) -> float:
+        decay = self.hparams["ema"]
+        return ema_decay(step, decay) if self.hparams["ema_warmup"] else decay
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One sandwich step, the optimizer's step and the teacher's."""
+        h, step = self.hparams, self.global_step
+        routes = sample_routes(step, self.net.num_routes, h["random_routes"], h["seed"])
+        if h["check_ranks"]:
+            self._check_ranks(routes)
+        optimizer: Optimizer = self.optimizers()  # pyright: ignore[reportAssignmentType]
+        optimizer.zero_grad()
+        output = stage1_step(
+            self.net,
+            self.teacher,
+            batch.image,
+            batch.label,
+            routes,
+            distill=h["distill"],
+            ensemble=h["ensemble"],
+            smoothing=h["smoothing"],
+            progress=step / self._steps(),
+            backward=self.manual_backward,
+            no_sync=getattr(self.trainer.strategy, "block_backward_sync", nullcontext),
+        )
+        drop_zero_gradients(list(self.net.parameters()))
+        optimizer.step()
+        ema_update(self._teacher_state, self._student_state, self._decay(step))
+        if h["schedule"] == "step":
+            self.lr_schedulers().step()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportCallIssue]
+        self.log_dict({f"train/loss_{k}": v for k, v in output.losses.items()})
+        self.log("loss", output.loss, prog_bar=True, logger=False)
+        return output.loss
+
+    def on_train_epoch_end(self) -> None:
+        """The official schedule moves once an epoch."""
+        if self.hparams["schedule"] == "epoch":
+            self.lr_schedulers().step()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportCallIssue]
+
+    def _check_ranks(self, routes: tuple[int, ...]) -> None:
+        mine = torch.tensor(routes, device=self.device)
+        gathered = self.all_gather(mine)
+        if not torch.equal(gathered, mine.expand_as(gathered)):  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+            raise RuntimeError(f"ranks sampled different routes; rank {self.global_rank}: {routes}")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Top-1 of the watched routes, the front run once for all of them."""
+        net = self.evaluated()
+        features = net.front(batch.image).features
+        for route in self.watched_routes():
+            logits = (
+                net(batch.image, route=route) if route == "largest" else net.rest(features, route)
+            )
+            metric = self.route_top1[str(route)]
+            metric(logits, batch.label)
+            self.log(f"val/top1_{route}", metric, prog_bar=route in (0, "largest"))  # pyright: ignore[reportArgumentType]

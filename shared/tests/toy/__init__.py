@@ -1,0 +1,1 @@
+"""A package of one line, for the tests of the command line."""
