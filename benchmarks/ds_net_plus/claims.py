@@ -3,7 +3,9 @@
 import gc
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,29 @@ def run(seeds: int = 5, only: str | None = None) -> None:
         for seed in range(min(seeds, 3)):
             results.once(f"wide/{seed}", partial(wide_run, seed))
     if only in (None, "tiny"):
-        for seed in range(seeds):
-            for distill in TARGETS:
-                results.once(f"tiny/{distill}/{seed}", partial(tiny_run, distill, seed))
+        tiny_runs(results, seeds)
     if only in (None, "cifar") and "TENFOLD_DATA" in os.environ:
         results.once("cifar10/0", cifar_run)
     elif only == "cifar":
         print("set TENFOLD_DATA to the folder of real data to run cifar")
     write_tables(results)
+
+
+def tiny_runs(results: Results, seeds: int) -> None:
+    """Every target and seed of the tiny task, on each core a process of one thread."""
+    keys = {
+        f"tiny/{distill}/{seed}": (distill, seed) for seed in range(seeds) for distill in TARGETS
+    }
+    pool = ProcessPoolExecutor(
+        os.cpu_count(), get_context("spawn"), torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        todo = [key for key in keys if key not in results.runs]
+        work = {pool.submit(tiny_run, *keys[key]): key for key in todo}
+        for done in as_completed(work):
+            results.once(work[done], done.result)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def tiny_run(distill: str, seed: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tenfold.device import (
     time_interleaved,
 )
 from tenfold.errors import UserError
+from tenfold.testing import needs_cuda
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False) -> None:
@@ -268,3 +269,10 @@ def test_doctor_prints_the_report_and_its_advice(
     assert torch.__version__.split("+")[0] in printed
     assert "bf16 is emulated on cpu" in printed
     assert "timings will be marked busy" in printed
+
+
+@needs_cuda
+def test_a_gpu_is_waited_for() -> None:
+    x = torch.randn(8192, 8192, device="cuda")
+    timing = time_call(lambda: x @ x, device="cuda", warmup=2, repeats=3)
+    assert timing.median_ms > 1  # 1.1 TFLOP; queueing it takes microseconds

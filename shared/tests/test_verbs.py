@@ -40,6 +40,8 @@ def test_fit_writes_its_config_and_test_needs_no_more_than_the_checkpoint(run, t
 
     for verb in ("validate", "predict"):
         assert run(f"{verb} --ckpt {folder / 'last.ckpt'}") == 0
+    table = (folder / "predict" / "predictions.csv").read_text().splitlines()
+    assert (table[0], len(table)) == ("first,last", 7)  # three batches of two
 
 
 def test_a_new_fit_never_writes_over_an_old_one(app, tmp_path, error_line):

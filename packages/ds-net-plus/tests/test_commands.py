@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_net_plus.checkpoint import load_net
+from ds_net_plus.checkpoint import load_net, read_checkpoint
 from ds_net_plus.cli import app
+from ds_net_plus.data import ImageData
+from ds_net_plus.export import load_exported
+from ds_net_plus.runner import DynamicRunner
 
 NET = (
     '{"front_widths": [4], "stage_widths": [[4, 16], [4, 24]], "depths": [1, 1], '
@@ -159,5 +162,80 @@ def test_data_writes_what_fit_reads(tmp_path, capsys):
     assert run("data", "--layout", "tar") == 2
 
 
-def test_predict_works_from_a_checkpoint(folder):
-    assert run("predict", "--ckpt", folder / "gate.ckpt", "--route", "dynamic") == 0
+def test_predict_writes_a_row_for_every_image(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(3):
+        Image.new("L", (20, 20), 60 * n).save(pictures / f"{n}.png")
+    given = ["--ckpt", folder / "gate.ckpt", "--route", "1", "--trainer.accelerator", "cpu"]
+    assert run("predict", *given, "--data.predict_root", pictures) == 0
+    with (folder / "predict" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    net = load_net(folder / "gate.ckpt")
+    assert {(int(row["route"]), int(row["madds"])) for row in rows} == {(1, net.madds(1))}
+    assert run("predict", *given) == 0  # the test images, over the old table
+    with (folder / "predict" / "predictions.csv").open() as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [str(n) for n in range(96)]
+
+
+def test_export_writes_plain_networks(folder, tmp_path, capsys):
+    given = ["--ckpt", folder / "gate.ckpt", "--format", "torch", "--out", tmp_path / "files"]
+    assert run("export", *given, "--route", "0") == 0
+    assert "equal to the checkpoint" in capsys.readouterr().out
+    image = json.loads((tmp_path / "files" / "manifest.json").read_text())["image"]
+    assert image["preprocessing"] == {"pixels": "0..1", "mean": [0.15], "std": [0.3]}
+    net, x = load_net(folder / "gate.ckpt"), torch.randn(2, 1, 16, 16)
+    plain = load_exported(tmp_path / "files", 0)
+    torch.testing.assert_close(plain(x), net(x, route=0), rtol=0, atol=1e-5)
+    assert run("export", *given, "--route", "7") == 2
+    assert "route 7" in capsys.readouterr().err
+
+
+def test_convert_checkpoint_reads_an_official_file(tiny_mbnet, randomize, tmp_path, capsys):
+    weights, average = (randomize(tiny_mbnet(), seed) for seed in (1, 2))
+    state = {f"module.{key}": value for key, value in weights.state_dict().items()}
+    torch.save({"state_dict": state, "state_dict_ema": average.state_dict()}, tmp_path / "o.pth")
+    assert run("convert-checkpoint", "--source", tmp_path / "o.pth") == 0
+    assert "0 missing, 0 unexpected" in capsys.readouterr().out
+    found = read_checkpoint(tmp_path / "o-converted.ckpt").nets
+    for name, expected in (("net", weights), ("teacher", average)):
+        state = found[name].state_dict()
+        assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+    (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
+    assert run("convert-checkpoint", "--source", tmp_path / "bad.pth") == 2
+    assert "bad.pth" in capsys.readouterr().err
+
+
+def test_the_demo_tells_what_its_checkpoint_does(tmp_path, monkeypatch, capsys):
+    parts = {
+        "model": {
+            "init_args": {
+                "net": json.loads(NET) | {"stage_widths": [[4, 8, 12, 16]] * 2, "gate_outputs": 4},
+                "lr": 0.1, "schedule": "step", "warmup": 0, "cooldown": 0, "distill": "none",
+            }
+        },
+        "data": {
+            "init_args": {"image_size": 16, "train_size": 256, "val_size": 96, "test_size": 64}
+        },
+        "trainer": {"max_epochs": 2},
+    }  # fmt: skip
+    monkeypatch.setattr("ds_net_plus.commands.demo.recipe_parts", lambda name: parts)
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, "--gate-steps", "40") == 0
+    assert "of the widest route's MAdds" in capsys.readouterr().out
+    pictures = {path.stem for path in out.glob("*.png")}
+    assert pictures >= {"tradeoff", "gallery", "easy-and-hard", "routes", "classes", "training"}
+
+    told, net = json.loads((out / "demo.json").read_text()), load_net(out / "gate.ckpt")
+    data = ImageData(**parts["data"]["init_args"])
+    data.setup()
+    images, labels, *_ = next(iter(data.test_loader()))
+    for row in told["static"]:
+        top1 = (net(images, route=row["route"]).argmax(1) == labels).double().mean()
+        assert row["top1"] == pytest.approx(float(top1))
+    for point in told["dynamic"]:
+        answer = DynamicRunner(net, (0, 3), point["tau"])(images)
+        top1 = (answer.logits.argmax(1) == labels).double().mean()
+        assert point["top1"] == pytest.approx(float(top1))
+        assert point["madds"] == pytest.approx(float(answer.madds.double().mean()))

@@ -19,10 +19,7 @@ from ds_net_plus.evaluate import (
     saving_at_equal_accuracy,
     with_gate,
 )
-from ds_net_plus.layers import SwitchableBN
-from ds_net_plus.model import DSConvNet, check_statistics, choose_routes, tau_for_budget
-from ds_net_plus.recalibration import recalibrate
-from ds_net_plus.runner import DynamicRunner
+from ds_net_plus.model import DSConvNet, choose_routes, tau_for_budget
 from tenfold.errors import UserError
 
 
@@ -141,66 +138,3 @@ def test_collect_names_an_image_that_is_not_finite(net, images):
         collect(net, batches)
     with pytest.raises(UserError, match="no images"):
         collect(net, [])
-
-
-def test_recalibrated_statistics_are_the_mean_over_batches(net):
-    torch.manual_seed(2)
-    shape = (4, net.in_channels, net.image_size, net.image_size)
-    batches = [torch.randn(shape) * (k + 1) for k in range(3)]
-    seen: dict[str, list[torch.Tensor]] = {}
-    names = {bn: name for name, bn in net.named_modules() if isinstance(bn, SwitchableBN)}
-
-    def record(layer, args):
-        seen.setdefault(f"{names[layer]}.{args[0].shape[1]}", []).append(
-            torch.stack([args[0].mean((0, 2, 3)), args[0].var((0, 2, 3))])
-        )
-
-    counters = {k: v.clone() for k, v in net.state_dict().items() if v.dtype == torch.int64}
-    hooks = [bn.register_forward_pre_hook(record) for bn in names]
-    assert recalibrate(net, batches) == 3
-    for hook in hooks:
-        hook.remove()
-    assert not net.training
-    for bn, name in names.items():
-        for width, layer in zip(bn.widths, bn.aux_bn, strict=True):
-            values = seen[f"{name}.{width}"]
-            first = values[:: len(values) // 3]  # later visits of a batch do not count
-            mean = torch.stack(first).mean(0)
-            assert layer.momentum == 0.1
-            assert torch.allclose(layer.running_mean, mean[0], rtol=1e-4, atol=1e-5)
-            assert torch.allclose(layer.running_var, mean[1], rtol=1e-4, atol=1e-5)
-    for key, value in counters.items():
-        assert torch.equal(net.state_dict()[key], value)
-    check_statistics(net, [*range(net.num_routes), "largest"])
-    with pytest.raises(UserError, match="at least one batch"):
-        recalibrate(net, [])
-
-
-def test_runner_equals_the_network(net, images):
-    for tau in (0.0, 0.05, -0.05):
-        expected, actual = net(images, tau=tau), DynamicRunner(net, tau=tau)(images)
-        assert torch.equal(actual.routes, expected.routes)
-        assert torch.equal(actual.madds, expected.madds)
-        scale = float(expected.logits.abs().max())
-        assert torch.allclose(actual.logits, expected.logits, atol=1e-5 * scale)
-
-
-def test_runner_equals_single_images_and_takes_empty_batches(net, images):
-    runner = DynamicRunner(net)
-    together = runner(images)
-    for n in range(len(images)):
-        alone = runner(images[n : n + 1])
-        assert torch.equal(alone.routes[0], together.routes[n])
-        scale = float(together.logits.abs().max())
-        assert torch.allclose(alone.logits[0], together.logits[n], atol=1e-5 * scale)
-    assert runner(images[:0]).logits.shape == (0, net.num_classes)
-
-
-def test_runner_on_a_subset_of_the_space(net, images):
-    allowed = net.routing_space[1:3]
-    assert set(DynamicRunner(net, routes=allowed)(images).routes[:, 0].tolist()) <= set(allowed)
-
-
-def test_runner_refuses_untrained_gates():
-    with pytest.raises(UserError, match="train-gate"):
-        DynamicRunner(DSConvNet().eval())

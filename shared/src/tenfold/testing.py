@@ -57,6 +57,12 @@ def limit_threads() -> None:
         torch.set_num_threads(1)
 
 
+def needs_cuda(test: Any) -> Any:
+    """Marks a test as `gpu`, and skips it where there is no CUDA."""
+    skipped = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    return pytest.mark.gpu(skipped(test))
+
+
 class PackageContract:
     """What every package must be able to do: a test class, subclassed once in each.
 
@@ -72,6 +78,8 @@ class PackageContract:
         steps: on one batch, that must take its loss to `falls_to` of what it was.
         falls_to: see `steps`.
         bf16_tolerance: of the loss under autocast, relative.
+        cuda_tolerance: of the loss on a GPU, relative; TF32 and other kernels, and where a loss is
+            sampled, another generator.
         ddp: options of DistributedDataParallel, such as find_unused_parameters.
     """
 
@@ -82,6 +90,7 @@ class PackageContract:
     steps: ClassVar[int] = 30
     falls_to: ClassVar[float] = 0.8
     bf16_tolerance: ClassVar[float] = 0.02
+    cuda_tolerance: ClassVar[float] = 0.01
     ddp: ClassVar[Mapping[str, Any]] = {}
 
     pytestmark = pytest.mark.filterwarnings("ignore")
@@ -139,6 +148,19 @@ class PackageContract:
         assert math.isclose(exact, rough, rel_tol=self.bf16_tolerance), (
             f"the loss of {name} is {exact:.6g} in float32 and {rough:.6g} under bf16 autocast"
         )
+
+    @needs_cuda
+    def test_cuda(self, name: str, tmp_path: Path) -> None:
+        """On a GPU the loss is the CPU's, in eval mode; under bf16 autocast it is close."""
+        batch, weights = self.first_batch(), self.build(name).state_dict()
+        exact = self.loss(name, batch, weights, tmp_path, freeze=True)
+        for precision, more in (("32-true", 0.0), ("bf16-mixed", self.bf16_tolerance)):
+            options: dict[str, Any] = {"accelerator": "gpu", "precision": precision}
+            found = self.loss(name, batch, weights, tmp_path, freeze=True, **options)
+            assert math.isclose(exact, found, rel_tol=self.cuda_tolerance + more), (
+                f"the loss of {name} is {exact:.6g} on the CPU and {found:.6g} on a GPU in "
+                f"{precision}"
+            )
 
     def test_two_ranks_do_as_one(self, name: str, tmp_path: Path) -> None:
         """A batch on one rank, or halved over two: the same gradient, then the same predictions.
@@ -294,10 +316,16 @@ class PackageContract:
         return trainer
 
     def loss(
-        self, name: str, batch: Any, weights: Mapping[str, Any], folder: Path, **options: Any
+        self,
+        name: str,
+        batch: Any,
+        weights: Mapping[str, Any],
+        folder: Path,
+        freeze: bool = False,
+        **options: Any,
     ) -> float:
         """The training loss of a batch at given weights, always under the same random draws."""
-        module, watch = self.build(name), Watch()
+        module, watch = self.build(name), Watch(freeze)
         module.load_state_dict(weights)
         self.train(module, repeated(batch, 1), folder, watch, max_epochs=1, **options)
         bad = [key for key, p in module.named_parameters() if not p.isfinite().all()]

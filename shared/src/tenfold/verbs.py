@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from tenfold.checkpoint import load_state
 from tenfold.cli import VERBS, App, cause, load, parse_error, underscored
 from tenfold.errors import UserError
+from tenfold.predictions import PredictionTable
 from tenfold.progress import PlainProgress, on_terminal
 from tenfold.training import LAST, Resumable, StepSeed, resume_path
 
@@ -224,6 +225,8 @@ class VerbCLI(LightningCLI):
         progress = settings["enable_progress_bar"] is not False
         seed = int(self.config["seed_everything"] or 0)
         kwargs["callbacks"] = run_callbacks(chosen, seed=seed, progress=progress)
+        if self.verb == "predict":
+            kwargs["callbacks"].append(PredictionTable(self.run.folder / "predict"))
         kwargs["enable_progress_bar"] = progress and on_terminal()
         if settings["logger"] is None:
             kwargs["logger"] = run_loggers(self.run.folder, self.verb, self.run.checkpoint)

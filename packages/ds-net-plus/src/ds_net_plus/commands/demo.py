@@ -207,10 +207,12 @@ def headline(trained: Trained, latency: report.Latency, best: int) -> str:
 
 def draw(trained: Trained, latency: report.Latency, best: int, out: Path) -> dict[str, Figure]:
     """All pictures of a run."""
-    net, data, table, points, _ = trained
+    net, data, table, points, routes = trained
     choice = choose_routes(table.scores, table.madds, points[best].tau)
     images = next(iter(data.test_loader())).image
-    first = choice[: len(images)]
+    used = [net.routing_space.index(route) for route in routes]
+    first = [used.index(j) for j in choice[: len(images)].tolist()]
+    costs = [table.madds[j] for j in used]
     look: dict[str, Any] = {"mean": data.mean, "std": data.std}
     rows = [
         {"route": row.route, "madds": row.madds} | {f"ms_{b}": ms for b, ms in row.ms.items()}
@@ -219,8 +221,10 @@ def draw(trained: Trained, latency: report.Latency, best: int, out: Path) -> dic
     bars = {f"ms_{batch}": f"realised, batch {batch}" for batch in (1, BATCH)}
     return {
         "tradeoff": report.tradeoff(table, points, latency, chosen=best),
-        "gallery": report.gallery(images, first, table.madds, **look),
-        "easy-and-hard": report.cheapest_against_widest(images, first, table.madds, **look),
+        "gallery": report.gallery(images, first, costs, routes=routes, **look),
+        "easy-and-hard": report.cheapest_against_widest(
+            images, first, costs, routes=routes, **look
+        ),
         "routes": report.route_histogram(points[best], madds=table.madds),
         "classes": report.class_routes(table, choice, data.class_names),
         "confusion": report.gate_confusion(table, choice, report.cheapest_correct(table)),

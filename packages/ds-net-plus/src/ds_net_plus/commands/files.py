@@ -6,7 +6,7 @@ from ds_net_plus.checkpoint import STUDENT, TEACHER, Saved
 from ds_net_plus.commands.common import beside, open_network
 from ds_net_plus.commands.stages import write
 from ds_net_plus.convert import convert_official, parity_check
-from ds_net_plus.data import write_cifar10, write_parquet
+from ds_net_plus.data import normalisation, write_cifar10, write_parquet
 from ds_net_plus.export import export_routes
 from tenfold.checkpoint import load_state
 from tenfold.errors import UserError
@@ -71,6 +71,7 @@ def export(
     routes: str | list[int | str] = route
     if route != "all":
         routes = [int(r) if r.strip().isdigit() else r.strip() for r in route.split(",")]
+    mean, std = normalisation(net.in_channels)
     done = export_routes(
         net,
         out,
@@ -79,6 +80,7 @@ def export(
         image_size=image_size,
         fold_bn=fold_bn,
         channels_last=channels_last,
+        preprocessing={"pixels": "0..1", "mean": mean, "std": std},
     )
     for item in done:
         print(item)

@@ -2,6 +2,15 @@
 
 from ds_net_plus.data.module import Batch, ImageData
 from ds_net_plus.data.readers import SOURCES, Split
+from ds_net_plus.data.transforms import normalisation
 from ds_net_plus.data.writers import write_cifar10, write_parquet
 
-__all__ = ["SOURCES", "Batch", "ImageData", "Split", "write_cifar10", "write_parquet"]
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "ImageData",
+    "Split",
+    "normalisation",
+    "write_cifar10",
+    "write_parquet",
+]

@@ -12,13 +12,12 @@ from torch.utils.data import default_collate
 
 from ds_net_plus.data.readers import SOURCES, Split, image_files, read_parquet
 from ds_net_plus.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Transform,
     eval_transform,
+    normalisation,
     train_transform,
 )
-from ds_net_plus.synthetic import CLASS_NAMES, MEAN, STD, Glyphs, glyph_mix
+from ds_net_plus.synthetic import CLASS_NAMES, Glyphs, glyph_mix
 from tenfold.data import DataModule, Draw, ImageItems, Loader, TensorItems
 from tenfold.errors import UserError
 
@@ -128,6 +127,7 @@ class ImageData(DataModule):
         """
         super().__init__(batch_size, eval_batch_size, workers, seed, on_bad_item)
         self.save_hyperparameters()
+        self.predict_files: list[Path] = []
         if source != GENERATED and source not in SOURCES:
             known = ", ".join([GENERATED, *SOURCES])
             raise UserError(f"source must be one of {known}, got {source!r}")
@@ -140,9 +140,7 @@ class ImageData(DataModule):
         self.image_size = (32 if small else 224) if image_size is None else image_size
         self.channels = (1 if source == GENERATED else 3) if channels is None else channels
         self._check_sizes(train_size, val_size, test_size)
-        self.mean, self.std = (
-            ((MEAN,), (STD,)) if self.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        self.mean, self.std = normalisation(self.channels)
         self.train_transform = train_transform(augment, self.image_size, self.mean, self.std)
         crop = not small and self.image_size > 64
         self.eval_transform = eval_transform(self.image_size, self.mean, self.std, crop)

@@ -9,12 +9,18 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms_factory import create_transform
 from torchvision.transforms import v2
 
+from ds_net_plus.synthetic import MEAN, STD
 from tenfold.errors import UserError
 
 AUGMENTATIONS = ("none", "light", "rand-m7", "imagenet")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Transform = Callable[[Image.Image], Any]
+
+
+def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each colour, of pixels in 0..1: ImageNet's, or those of the grey glyphs."""
+    return ((MEAN,), (STD,)) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def train_transform(

@@ -92,16 +92,20 @@ class NetModule(LightningModule):
         self.log("test/top5", self.top5)
         self.log("test/madds", self.mean_madds)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, float | int]]:
-        """One row for each image: index, label, score, route and MAdds."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One row for each image: index or file, label, score, route and MAdds."""
         output = self(batch.image)
         score, label = output.logits.softmax(1).max(1)
-        columns = (batch.index, label, score, output.routes[:, 0], output.madds)
-        names = ("index", "label", "score", "route", "madds")
-        return [
-            dict(zip(names, row, strict=True))
-            for row in zip(*(column.tolist() for column in columns), strict=True)
-        ]
+        index = batch.index.tolist()
+        files = getattr(self.trainer.datamodule, "predict_files", ())  # pyright: ignore[reportAttributeAccessIssue]
+        rows = {
+            "image": [str(files[n]) for n in index] if files else index,
+            "label": label.tolist(),
+            "score": score.tolist(),
+            "route": output.routes[:, 0].tolist(),
+            "madds": output.madds.tolist(),
+        }
+        return [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the network's name, arguments and gate metadata."""

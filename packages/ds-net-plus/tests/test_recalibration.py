@@ -1,0 +1,42 @@
+"""Statistics measured anew, against their plain mean."""
+
+import pytest
+import torch
+
+from ds_net_plus.layers import SwitchableBN
+from ds_net_plus.model import check_statistics
+from ds_net_plus.recalibration import recalibrate
+from tenfold.errors import UserError
+
+
+def test_recalibrated_statistics_are_the_mean_over_batches(net):
+    torch.manual_seed(2)
+    shape = (4, net.in_channels, net.image_size, net.image_size)
+    batches = [torch.randn(shape) * (k + 1) for k in range(3)]
+    seen: dict[str, list[torch.Tensor]] = {}
+    names = {bn: name for name, bn in net.named_modules() if isinstance(bn, SwitchableBN)}
+
+    def record(layer, args):
+        seen.setdefault(f"{names[layer]}.{args[0].shape[1]}", []).append(
+            torch.stack([args[0].mean((0, 2, 3)), args[0].var((0, 2, 3))])
+        )
+
+    counters = {k: v.clone() for k, v in net.state_dict().items() if v.dtype == torch.int64}
+    hooks = [bn.register_forward_pre_hook(record) for bn in names]
+    assert recalibrate(net, batches) == 3
+    for hook in hooks:
+        hook.remove()
+    assert not net.training
+    for bn, name in names.items():
+        for width, layer in zip(bn.widths, bn.aux_bn, strict=True):
+            values = seen[f"{name}.{width}"]
+            first = values[:: len(values) // 3]  # later visits of a batch do not count
+            mean = torch.stack(first).mean(0)
+            assert layer.momentum == 0.1
+            assert torch.allclose(layer.running_mean, mean[0], rtol=1e-4, atol=1e-5)
+            assert torch.allclose(layer.running_var, mean[1], rtol=1e-4, atol=1e-5)
+    for key, value in counters.items():
+        assert torch.equal(net.state_dict()[key], value)
+    check_statistics(net, [*range(net.num_routes), "largest"])
+    with pytest.raises(UserError, match="at least one batch"):
+        recalibrate(net, [])

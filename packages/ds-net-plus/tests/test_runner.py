@@ -1,0 +1,59 @@
+"""Grouped plain networks against the sliced network."""
+
+import pytest
+import torch
+
+from ds_net_plus.model import DSConvNet
+from ds_net_plus.runner import CHUNK_PIXELS, ChunkedFront, DynamicRunner
+from tenfold.errors import UserError
+from tenfold.testing import needs_cuda
+
+
+def test_runner_equals_the_network(net, images):
+    for tau in (0.0, 0.05, -0.05):
+        expected, actual = net(images, tau=tau), DynamicRunner(net, tau=tau)(images)
+        assert torch.equal(actual.routes, expected.routes)
+        assert torch.equal(actual.madds, expected.madds)
+        scale = float(expected.logits.abs().max())
+        assert torch.allclose(actual.logits, expected.logits, atol=1e-5 * scale)
+
+
+def test_runner_equals_single_images_and_takes_empty_batches(net, images):
+    runner = DynamicRunner(net)
+    together = runner(images)
+    for n in range(len(images)):
+        alone = runner(images[n : n + 1])
+        assert torch.equal(alone.routes[0], together.routes[n])
+        scale = float(together.logits.abs().max())
+        assert torch.allclose(alone.logits[0], together.logits[n], atol=1e-5 * scale)
+    assert runner(images[:0]).logits.shape == (0, net.num_classes)
+
+
+def test_runner_on_a_subset_of_the_space(net, images):
+    allowed = net.routing_space[1:3]
+    assert set(DynamicRunner(net, routes=allowed)(images).routes[:, 0].tolist()) <= set(allowed)
+
+
+def test_runner_refuses_untrained_gates():
+    with pytest.raises(UserError, match="train-gate"):
+        DynamicRunner(DSConvNet().eval())
+
+
+def test_the_front_in_chunks_is_the_front(net):
+    size = net.image_size
+    count = CHUNK_PIXELS // size**2
+    x = torch.randn(2 * count + 1, net.in_channels, size, size)
+    whole = net.materialize_front()
+    for chunked, expected in zip(ChunkedFront(whole)(x), whole(x), strict=True):
+        torch.testing.assert_close(chunked, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_cuda
+def test_runner_on_a_gpu_equals_the_cpu(net, images):
+    expected = DynamicRunner(net)(images)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        actual = DynamicRunner(net.cuda())(images.cuda())
+    assert torch.equal(actual.routes.cpu(), expected.routes)
+    assert torch.equal(actual.madds.cpu(), expected.madds)
+    scale = float(expected.logits.abs().max())
+    torch.testing.assert_close(actual.logits.cpu(), expected.logits, rtol=0, atol=1e-4 * scale)
