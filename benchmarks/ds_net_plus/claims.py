@@ -14,6 +14,7 @@ import torch
 from benchmarks.ds_net_plus.tables import write_tables
 from benchmarks.results import Results
 from ds_net_plus.cli import app
+from ds_net_plus.commands.common import open_data, open_network
 from ds_net_plus.commands.demo import (
     SPEEDS,
     evaluate_routes,
@@ -202,11 +203,14 @@ def cifar_run() -> dict[str, Any]:
 
 
 def cifar_values(ckpt: Path) -> dict[str, Any]:
-    """Static curve, dynamic points and times of the finished network."""
-    from ds_net_plus.commands.common import open_data, open_network
-
+    """Static curve, dynamic points and times, by the routes that the gate may use."""
     saved, net = open_network(ckpt, "ema")
     data = open_data(saved, None)
-    trained = evaluate_routes(net, data, collect(net, data.calibration_loader()), SPEEDS)
-    latency = measure_latency(trained)
-    return summarise(trained, latency, headline_point(trained.table, trained.points))
+    held = collect(net, data.calibration_loader())
+    values = {}
+    for name, routes in {"two": SPEEDS, "all": net.routing_space}.items():
+        trained = evaluate_routes(net, data, held, routes)
+        latency = measure_latency(trained)
+        best = headline_point(trained.table, trained.points)
+        values[name] = summarise(trained, latency, best)
+    return values

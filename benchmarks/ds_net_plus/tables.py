@@ -25,7 +25,7 @@ def write_tables(results: Results) -> None:
         "wide": wide_table(_runs(results, "wide/")),
         "targets": target_table(results),
         "gates": gate_table(results),
-        "cifar": wide_table(_runs(results, "cifar10/")),
+        "cifar": cifar_table(_runs(results, "cifar10/")),
     }
     text = ""
     for name, block in blocks.items():
@@ -74,6 +74,13 @@ def wide_table(runs: list[dict[str, Any]]) -> str:
     head = ["", "top-1 %", "MAdds ratio", "time ratio", "gain at equal MAdds", "against widest"]
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}, {runs[0]['timing']}."
     return markdown(head, rows) + f"\n\n{seeds} Gains in points, with 95 % interval over seeds."
+
+
+def cifar_table(runs: list[dict[str, Any]]) -> str:
+    """The network on CIFAR-10, its gate among two routes and among all."""
+    among = {"two": "Among routes 0 and 3", "all": "Among all routes"}
+    blocks = [f"{text}:\n\n{wide_table([run[key] for run in runs])}" for key, text in among.items()]
+    return "\n\n".join(blocks) if runs else ""
 
 
 def target_table(results: Results) -> str:
