@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import changed_packages as changed
 import neutral_lock as lock
 import pytest
@@ -107,3 +109,24 @@ def test_folders_are_found_by_their_pyproject(tmp_path):
         (tmp_path / "packages" / name / "pyproject.toml").touch()
     (tmp_path / "packages" / "leftover").mkdir()
     assert changed.all_folders(tmp_path) == ["shared", "packages/a", "packages/b"]
+
+
+def test_filter_in_a_clone_commits_neutral_and_checks_out(tmp_path, monkeypatch):
+    scripts = tmp_path / ".github" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "neutral_lock.py").write_bytes(Path(lock.__file__).read_bytes())
+    (tmp_path / ".gitattributes").write_text("uv.lock filter=neutral-lock\n")
+    (tmp_path / "uv.lock").write_text(FULL)
+    monkeypatch.chdir(tmp_path)
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b.invalid")
+    lock.git("init", "-q")
+    lock.main(["--install"])
+    lock.git("config", "core.hooksPath", "none")
+    lock.git("add", "-A")
+    lock.git("commit", "-qm", "first")
+    assert lock.git("show", "HEAD:uv.lock") == NEUTRAL
+    (tmp_path / "uv.lock").unlink()
+    lock.git("checkout", "-q", "uv.lock")
+    assert (tmp_path / "uv.lock").read_text() == NEUTRAL
