@@ -2,6 +2,7 @@
 
 import csv
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,13 +53,25 @@ def test_a_new_fit_never_writes_over_an_old_one(app, tmp_path, error_line):
     (runs / "demo-2" / "last.ckpt").write_text("not read here")
     demo = ["--config", "demo"]
     assert plan_run(app, "fit", demo).folder.name == "demo-3"
-    assert plan_run(app, "fit", []).folder.name == "Line"
+    assert plan_run(app, "fit", ["--model", "toy.module.Deep"]).folder.name == "Deep"
     assert plan_run(app, "test", demo).folder.name == "demo-2"
     assert "the folder holds a run (runs/tenfold/mine): go on with --resume auto" in error_line(
         "fit --config demo --trainer.default-root-dir runs/tenfold/mine"
     )
     resumed = plan_run(app, "fit", [*demo, "--trainer.default_root_dir=new", "--resume=auto"])
     assert (str(resumed.folder), resumed.checkpoint) == ("new", None)
+
+
+def test_a_fit_that_names_nothing_takes_the_demo_recipe(run, app, tmp_path):
+    assert run("fit --model.lr 0.3 --trainer.max_steps 1") == 0
+    folder = tmp_path / "runs" / "tenfold" / "demo"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["width"] == 5
+    assert config["model"]["init_args"]["lr"] == 0.3
+    resumed = plan_run(app, "fit", ["--resume", "auto"])
+    assert resumed.checkpoint == Path("runs/tenfold/demo/last.ckpt")
+    assert "--config=runs/tenfold/demo/config.yaml" in resumed.argv  # of that run, not the recipe
+    assert plan_run(app, "fit", []).folder.name == "demo-2"
 
 
 def test_a_signal_saves_and_resume_goes_on(run, tmp_path, monkeypatch, capfd):
@@ -140,7 +153,7 @@ def test_any_module_can_be_named(run, tmp_path):
         ("--bogus 3", "unrecognized arguments: --bogus 3: see tenfold fit --help"),
         ("--model Nope", "--model: expected dot import path string: Nope: see tenfold fit --help"),
         ("--config", "argument -c/--config: expected one argument: see tenfold fit --help"),
-        ("", "--model: the following arguments are required: width: see tenfold fit --help"),
+        ("--model Line", "--model: the following arguments are required: width: see tenfold"),
         ("--model.width 3 --trainer.accelerator foo", "You selected an invalid accelerator name"),
         ("--ckpt nope.ckpt", "no such checkpoint (nope.ckpt)"),
         ("--ckpt broken.ckpt", ""),

@@ -12,7 +12,9 @@ from PIL import Image
 from ds_net_plus.checkpoint import load_net, read_checkpoint
 from ds_net_plus.cli import app
 from ds_net_plus.data import ImageData
+from ds_net_plus.evaluate import collect, point_at
 from ds_net_plus.export import load_exported
+from ds_net_plus.module import GateModule
 from ds_net_plus.runner import DynamicRunner
 
 NET = (
@@ -65,6 +67,54 @@ def test_test_reports_accuracy_and_cost(folder, route, capsys):
         net = load_net(folder / "gate.ckpt")
         cost = net.madds(int(route) if route.isdigit() else route)
         assert f"{float(cost):.1f}"[:6] in told.replace(",", "")
+
+
+def test_validate_measures_the_chosen_route(folder, tmp_path, capsys):
+    net, data = (
+        load_net(folder / "gate.ckpt"),
+        ImageData(image_size=16, train_size=192, val_size=64, test_size=96),
+    )
+    data.setup()
+    table = collect(net, data.calibration_loader())
+    budget = round(net.budgets[-1][1] / net.madds(1), 3)
+    for options, point in (
+        (["--route", "1"], (table.static_top1()[1], net.madds(1))),
+        (["--tau", "0.02"], (point_at(table, 0.02).top1, point_at(table, 0.02).madds)),
+        (["--budget", budget], None),
+    ):
+        assert run("validate", "--ckpt", folder / "gate.ckpt", *options) == 0
+        with (folder / "validate" / "metrics.csv").open() as file:
+            *_, row = csv.DictReader(file)
+        if point is not None:
+            assert float(row["val/top1"]) == pytest.approx(point[0], abs=1e-5)
+            assert float(row["val/madds"]) == pytest.approx(point[1], rel=1e-6)
+    assert run("validate", "--ckpt", folder / "recalibrated.ckpt") == 0
+    assert "val/top1_largest" in capsys.readouterr().out
+
+
+def test_stage2_on_images_uses_those_kept_for_the_gate(folder, tmp_path, capsys):
+    """The official loss and optimizer, without a cache, on a share of the training images."""
+    seen = []
+    given = [
+        "--ckpt", folder / "recalibrated.ckpt", "--out", tmp_path / "gate.ckpt", "--device", "cpu",
+        "--cache", "false", "--gate-split", "0.25", "--batch-size", "16", "--epochs", "2",
+        "--gate-loss", "sgs", "--estimator", "mask", "--sgs-on", "probs", "--scale", "1e9",
+        "--optimizer", "sgd", "--lr", "0.08", "--weight-decay", "0.01",
+    ]  # fmt: skip
+    record = GateModule.training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            GateModule,
+            "training_step",
+            lambda self, batch, n: seen.append(batch.index) or record(self, batch, n),
+        )
+        assert run("train-gate", *given) == 0
+    data = ImageData(image_size=16, train_size=192, val_size=64, test_size=96, gate_split=0.25)
+    data.setup()
+    kept = data.gate_dataset().indices
+    assert [len(index) for index in seen] == [16] * 6
+    assert sorted(torch.cat(seen[:3]).tolist()) == kept
+    assert "gate accuracy" in capsys.readouterr().out
 
 
 def test_dynamic_test_without_a_gate_is_refused(folder, capsys):
@@ -203,6 +253,15 @@ def test_convert_checkpoint_reads_an_official_file(tiny_mbnet, randomize, tmp_pa
     for name, expected in (("net", weights), ("teacher", average)):
         state = found[name].state_dict()
         assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (80, 60), (200, 20, 20)).save(pictures / "0.png")
+    given = ["--ckpt", tmp_path / "o-converted.ckpt", "--data.predict_root", pictures]
+    place = ["--trainer.default_root_dir", tmp_path / "run", "--trainer.accelerator", "cpu"]
+    assert run("predict", *given, "--data.image_size", "64", "--route", "3", *place) == 0
+    with (tmp_path / "run" / "predict" / "predictions.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert row["madds"] == str(average.madds(3))
     (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
     assert run("convert-checkpoint", "--source", tmp_path / "bad.pth") == 2
     assert "bad.pth" in capsys.readouterr().err

@@ -38,6 +38,7 @@ class TestContract(PackageContract):
     modules = ("supernet", "gate")
     parameter_counts = {  # noqa: RUF012
         "imagenet": MBNET,
+        "imagenet-gate": MBNET,
         "cifar10": MBNET - 990 * CLASS,
         "cifar10-transfer": MBNET - 990 * CLASS,
         "cifar100": MBNET - 900 * CLASS,
@@ -50,7 +51,7 @@ class TestContract(PackageContract):
     bad_inputs = (
         (["fit", "--config", "nosuch"], "the recipes are cifar10"),
         (["fit", "--model.arch", "ds_huge"], "choose from ds_mbnet"),
-        (["fit", "--route", "9"], "0 (widths 6/12, 0.2 M MAdds)"),
+        (["fit", "--route", "9"], "0 (widths 24/48, 2.5 M MAdds)"),
         (["fit", "--model.net", '{"stage_widths": [[24, 12], [24, 48]]}'], "ascending"),
         (["fit", "--model.net", '{"widths": 3}'], "'widths'"),
         (["fit", "--model.weights", "best"], "ema, student"),

@@ -66,6 +66,9 @@ def test_gate_and_validation_parts_are_kept_out_of_training():
     assert sorted([*parts[0], *parts[1], *train]) == list(range(100))
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch.image, data._glyphs["train"].fields.image[batch.index])
+    gate = ImageData(**{**data.hparams, "train_on": "gate"})
+    gate.setup()
+    assert gate.train_dataset().indices == parts[0]
 
 
 def test_image_folders(folders):
@@ -351,6 +354,15 @@ def test_predict_reads_a_folder_of_ones_own(folders):
     assert data.predict_files[0].name == "0.png"
     with pytest.raises(UserError, match="no such folder"):
         folder_data(folders, predict_root="nowhere").predict_dataset()
+
+
+def test_predict_needs_no_data_set_beside_the_folder(folders):
+    data = ImageData("imagenet", image_size=32, predict_root=str(folders / "train"))
+    data.setup("predict")
+    [batch] = data.predict_dataloader()
+    assert batch.image.shape == (6, 3, 32, 32)
+    with pytest.raises(UserError, match=r"--data.root"):
+        ImageData("imagenet")
 
 
 @pytest.mark.skipif("TENFOLD_DATA" not in os.environ, reason="TENFOLD_DATA is not set")

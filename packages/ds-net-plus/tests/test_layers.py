@@ -1,5 +1,6 @@
 """Sliceable layers against the official program's numbers and float64 references."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ from ds_net_plus.layers import (
     DSConv2d,
     DSDepthwiseConv2d,
     DSDepthwiseSeparable,
+    DSGroupNorm,
     DSInvertedResidual,
+    DSLayerNorm,
     DSLinear,
     MultiHeadGate,
     SwitchableBN,
     apply_channel_mask,
     channel_mask,
+    init_official,
     make_divisible,
 )
 from tenfold.errors import UserError
@@ -149,11 +153,66 @@ def test_a_wider_layer_is_the_narrower_one_plus_a_residual():
 
 
 def test_tanh1p_attention_starts_as_the_identity():
-    gate = MultiHeadGate(8, attention="tanh1p")
-    torch.nn.init.zeros_(gate.conv_expand.weight)
-    torch.nn.init.zeros_(gate.conv_expand.bias)
     x = torch.randn(2, 6, 4, 4)
-    assert torch.equal(gate(x), x)
+    assert torch.equal(MultiHeadGate(8, attention="tanh1p")(x), x)
+    block = DSDepthwiseSeparable((8,), (8,), attention="tanh1p")
+    init_official(block)  # draws every convolution, the attention's too
+    assert not torch.equal(block.gate(x), x)
+    block.gate.reset_attention()
+    assert torch.equal(block.gate(x), x)
+
+
+def test_a_fresh_residual_block_is_the_identity():
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(DSInvertedResidual((4, 8), (4, 8), residual=True)(x, 8), x)
+
+
+@pytest.mark.parametrize(
+    ("conv", "sizes"),
+    [(DSConv2d(6, 8, 5), (8,)), (DSDepthwiseConv2d(6, 5, stride=2), ())],
+)
+def test_an_inner_kernel_is_the_kernel_with_its_rim_at_zero(conv, sizes):
+    x = torch.randn(2, 4, 9, 9)
+    for kernel in (3, 1):
+        rim = torch.zeros_like(conv.weight)
+        edge = (5 - kernel) // 2
+        rim[:, :, edge:-edge, edge:-edge] = 1
+        whole = copy.deepcopy(conv)
+        whole.weight.data *= rim
+        close(conv(x, *sizes, kernel=kernel), whole(x, *sizes))
+        plain = conv.materialize(4, *sizes, kernel=kernel)
+        assert plain.kernel_size == (kernel, kernel)
+        close(plain(x), whole(x, *sizes))
+    with pytest.raises(UserError, match=r"kernel 2 is not the centre of 5, choose of \[1, 3, 5\]"):
+        conv(x, *sizes, kernel=2)
+
+
+def test_group_norm_of_fixed_group_size_commutes_with_slicing():
+    norm = DSGroupNorm((16, 32, 64)).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(3, 64, 5, 5, dtype=torch.float64)
+    for width in norm.widths:
+        groups = x[:, :width].reshape(3, width // 16, -1)
+        mean, var = groups.mean(2, keepdim=True), groups.var(2, correction=0, keepdim=True)
+        expected = ((groups - mean) / (var + 1e-5).sqrt()).reshape(3, width, 5, 5)
+        scale, shift = norm.weight[:width, None, None], norm.bias[:width, None, None]
+        close(norm(x[:, :width]), expected * scale + shift, 1e-12)
+        close(norm(x[:, :width]), norm(x)[:, :width], 1e-12)
+        close(norm.materialize(width).double()(x[:, :width]), norm(x)[:, :width], 1e-6)
+    with pytest.raises(UserError, match=r"\[24\] are not multiples of the group size 16"):
+        DSGroupNorm((16, 24))
+
+
+def test_layer_norm_takes_statistics_of_the_active_features():
+    norm = DSLayerNorm(12).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
+    expected = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:8] + norm.bias[:8]
+    close(norm(x), expected, 1e-12)
+    close(norm.materialize(8).double()(x), expected, 1e-6)
 
 
 @given(st.floats(1, 4000))

@@ -1,5 +1,6 @@
 """Lightning modules: schedules, what is trained and what is not, warnings, evaluation."""
 
+import copy
 import logging
 import math
 
@@ -8,16 +9,15 @@ import torch
 
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import collect
-from ds_net_plus.model import DSConvNet
+from ds_net_plus.model import DSConvNet, with_space
 from ds_net_plus.module import GateModule, SupernetModule
-from ds_net_plus.module.base import parse_route
-from ds_net_plus.module.supernet import learning_rate_factor, start_from
+from ds_net_plus.module.base import learning_rate_factor, parse_route
+from ds_net_plus.module.supernet import start_from
 from ds_net_plus.train import (
     CachedRoutes,
     make_trainer,
     train_gate,
     train_supernet,
-    with_space,
 )
 from tenfold.errors import UserError
 
@@ -78,9 +78,77 @@ def test_official_schedule_moves_once_an_epoch(data, tmp_path):
     assert rates == pytest.approx([0.05] * 3 + [0.25] * 3)
 
 
+def test_a_run_without_room_for_its_schedule_is_refused(data, tmp_path):
+    module = SupernetModule(net=TINY, warmup=1, cooldown=2)
+    with pytest.raises(UserError, match="3 epochs have no room for 1 of warm-up and 2 of cooldown"):
+        make_trainer(tmp_path, epochs=3, progress=False).fit(module, datamodule=data)
+
+
+def test_data_of_another_kind_are_refused(data, tmp_path):
+    trainer = make_trainer(tmp_path, epochs=1, progress=False)
+    for net, message in (
+        ({"num_classes": 7}, "10 classes, the network 7"),
+        ({"in_channels": 3}, "1 channels, the network takes 3"),
+    ):
+        module = SupernetModule(net=TINY | net, warmup=0, cooldown=0)
+        with pytest.raises(UserError, match=message):
+            trainer.fit(module, datamodule=data)
+
+
+def test_logits_that_are_not_finite_are_named(trained, data, tmp_path):
+    module = copy.deepcopy(trained)
+    module.route = 1
+    module.teacher.classifier.bias.data.fill_(float("nan"))
+    trainer = make_trainer(tmp_path, epochs=1, progress=False)
+    with pytest.raises(UserError, match="class logits are not finite .image 0"):
+        trainer.test(module, datamodule=data, verbose=False)
+
+
+def test_routes_that_differ_between_ranks_are_found(data):
+    module = supernet(check_ranks=True)
+    module.all_gather = lambda routes: torch.stack([routes, routes])
+    module._check_ranks((1, 2))
+    module.all_gather = lambda routes: torch.stack([routes, routes + 1])
+    with pytest.raises(RuntimeError, match="different routes"):
+        module._check_ranks((1, 2))
+
+
+def test_noise_at_evaluation_is_gumbel_noise(trained, data):
+    """With it the shares of a gate are those of its softmax (the Gumbel-max trick)."""
+    gate = GateModule(net=TINY, gate_loss="sgs", eval_gumbel=True).eval()
+    gate.net.load_state_dict(trained.net.state_dict())
+    torch.nn.init.normal_(gate.net.gate_parameters()[-1])
+    x = next(iter(data.test_loader())).image[:1].expand(4000, -1, -1, -1)
+    share = gate.net.gate_logits(gate.net.front(x[:1]).gate_input).softmax(1)[0, 1]
+    torch.manual_seed(0)
+    chosen = (gate(x).routes[:, 0] == gate.net.routing_space[1]).double().mean()
+    assert abs(chosen - share) < 4 * float(share * (1 - share) / 4000) ** 0.5
+    assert 0.02 < share < 0.98
+
+
+def test_the_gate_of_a_checkpoint_is_trained_by_fit(trained, data, tmp_path):
+    """The same Stage II as train_gate on images, from nothing but the file."""
+    from ds_net_plus.checkpoint import STUDENT, TEACHER, Saved, load_net, write_checkpoint
+
+    supernet = tmp_path / "supernet.ckpt"
+    write_checkpoint(supernet, Saved({}, {STUDENT: trained.net, TEACHER: trained.teacher}))
+    options = {"gate_loss": "sgs", "optimizer": "sgd", "lr": 0.05, "weight_decay": 0.01}
+    module = GateModule(init_from=str(supernet), seed=3, **options)
+    make_trainer(tmp_path / "a", epochs=2, seed=3, progress=False).fit(module, datamodule=data)
+    other = train_gate(
+        trained.evaluated(), data, tmp_path / "b", steps=6, seed=3, progress=False, **options
+    )
+    for key, value in module.net.state_dict().items():
+        assert torch.equal(value, other.net.state_dict()[key]), key
+    supernet.unlink()
+    again = GateModule.load_from_checkpoint(tmp_path / "a" / "last.ckpt")
+    assert again.hparams["init_from"] is None
+    assert load_net(tmp_path / "a" / "last.ckpt").gate_trained
+
+
 def test_no_decay_on_biases_and_norms():
     module = supernet()
-    module._steps = lambda: 10
+    module.steps = lambda: 10
     module.trainer = type("T", (), {"max_epochs": 1})()
     [optimizer], _ = module.configure_optimizers()
     decayed, free = optimizer.param_groups

@@ -40,3 +40,14 @@ def test_recalibrated_statistics_are_the_mean_over_batches(net):
     check_statistics(net, [*range(net.num_routes), "largest"])
     with pytest.raises(UserError, match="at least one batch"):
         recalibrate(net, [])
+
+
+def test_routes_that_are_left_out_keep_their_statistics(net):
+    torch.manual_seed(3)
+    images = [torch.randn(4, net.in_channels, net.image_size, net.image_size)]
+    last = net.num_routes - 1
+    rest = {k: v.clone() for k, v in net.materialize_rest(last).state_dict().items()}
+    recalibrate(net, images, routes=[0, 1])
+    after = net.materialize_rest(last).state_dict()
+    assert all(torch.equal(after[k], v) for k, v in rest.items())
+    check_statistics(net, [0, 1, "largest"])

@@ -29,14 +29,48 @@ def test_runner_equals_single_images_and_takes_empty_batches(net, images):
     assert runner(images[:0]).logits.shape == (0, net.num_classes)
 
 
-def test_runner_on_a_subset_of_the_space(net, images):
-    allowed = net.routing_space[1:3]
-    assert set(DynamicRunner(net, routes=allowed)(images).routes[:, 0].tolist()) <= set(allowed)
+@pytest.mark.parametrize("score", ["logit", "probability"])
+def test_runner_on_a_subset_of_the_space(net, images, score):
+    net.gate_score = score
+    space, (low, *_, high) = net.routing_space, net.routing_space[1:]
+    features = net.front(images)
+    scores = net.scores(net.gate_logits(features.gate_input))
+    price = torch.tensor(net.space_madds(images.shape[-1])) / net.madds(space[-1])
+    columns = [space.index(low), space.index(high)]
+    for tau in (0.0, 1.0, 1e6, -1e6):
+        better = (scores - tau * price)[:, columns].argmax(1)
+        routes = DynamicRunner(net, routes=(low, high), tau=tau)(images).routes[:, 0]
+        assert routes.tolist() == [(low, high)[j] for j in better.tolist()]
+
+
+@pytest.mark.parametrize("routes", [(), (1, 2, 99), (-1,)])
+def test_runner_refuses_routes_outside_the_space(net, routes):
+    with pytest.raises(UserError, match=r"not of the routing space: choose from \["):
+        DynamicRunner(net, routes=routes)
+
+
+def test_tau_prices_the_size_of_the_images(randomize):
+    net = randomize(DSConvNet(image_size=64))  # the ratio of its routes depends on the size
+    x = torch.randn(64, 1, 24, 24)
+    with torch.no_grad():
+        scores = net.gate_logits(net.front(x).gate_input)
+    costs = torch.tensor([net.madds(k, 24) for k in net.routing_space])
+    expected = (scores - 3.0 * costs / costs[-1]).argmax(1)
+    assert torch.equal(net(x, tau=3.0).routes[:, 0], expected)
+    assert torch.equal(DynamicRunner(net, tau=3.0)(x).routes[:, 0], expected)
 
 
 def test_runner_refuses_untrained_gates():
     with pytest.raises(UserError, match="train-gate"):
         DynamicRunner(DSConvNet().eval())
+
+
+def test_runner_refuses_unmeasured_statistics(net):
+    for bn in net.modules():
+        if isinstance(bn, torch.nn.BatchNorm2d):
+            bn.reset_running_stats()
+    with pytest.raises(UserError, match="never measured"):
+        DynamicRunner(net)
 
 
 def test_the_front_in_chunks_is_the_front(net):

@@ -203,3 +203,29 @@ def test_unknown_estimators_are_named(net, images):
         stage2_step(net, images, torch.zeros(9, dtype=torch.int64), estimator="reinforce")
     with pytest.raises(UserError, match="ascending"):
         stage2_step(net, images, torch.zeros(9, dtype=torch.int64), routing_space=(3, 1, 2, 0))
+
+
+def test_a_teacher_left_in_training_mode_teaches_with_its_own_statistics(student, teacher, batch):
+    x, y = batch
+    twin = copy.deepcopy(student)
+    expected = stage1_step(twin, teacher, x, y, (1, 2), ensemble=True)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    actual = stage1_step(student, teacher.train(), x, y, (1, 2), ensemble=True)
+    assert teacher.training
+    assert all(torch.equal(teacher.state_dict()[k], v) for k, v in before.items())
+    for name, target in expected.targets.items():
+        assert torch.equal(actual.targets[name], target)
+    assert actual.outputs is actual.logits
+
+
+@pytest.mark.parametrize("estimator", ["mixture", "mask"])
+def test_stage2_leaves_an_unfrozen_supernet_without_gradients(student, batch, estimator):
+    x, y = batch
+    for parameter in student.gate_parameters():
+        parameter.requires_grad_(False)  # as Stage I leaves them
+    flags = [p.requires_grad for p in student.parameters()]
+    stage2_step(student, x, y, estimator=estimator)
+    gate = {id(p) for p in student.gate_parameters()}
+    assert all((p.grad is not None) == (id(p) in gate) for p in student.parameters())
+    assert [p.requires_grad for p in student.parameters()] == flags
+    assert student.training

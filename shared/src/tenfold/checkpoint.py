@@ -355,7 +355,9 @@ def ema_decay(step: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def ema_update(ema_state: Mapping[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
+def ema_update(
+    ema_state: Mapping[str, Tensor], state: Mapping[str, Tensor], decay: float
+) -> Mapping[str, Tensor]:
     """Move an exponential moving average one step, in place: ema <- decay ema + (1 - decay) state.
 
     Parameters and floating-point buffers are averaged, in the dtype and on the device of the
@@ -366,6 +368,9 @@ def ema_update(ema_state: Mapping[str, Tensor], state: Mapping[str, Tensor], dec
         ema_state: the average, for instance ``teacher.state_dict()``.
         state: the current values under the same keys, with the same shapes.
         decay: in [0, 1]; 1 leaves the average as it is.
+
+    Returns:
+        ``ema_state`` itself.
 
     Raises:
         ValueError: if keys or shapes differ, ``decay`` is out of range, or a floating-point
@@ -391,6 +396,7 @@ def ema_update(ema_state: Mapping[str, Tensor], state: Mapping[str, Tensor], dec
     # One fused call per device and dtype instead of one per tensor.
     for group, tensors in averages.items():
         torch._foreach_lerp_(tensors, values[group], 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    return ema_state
 
 
 def _check_ema(ema_state: Mapping[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:

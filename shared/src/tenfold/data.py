@@ -355,6 +355,9 @@ class DataModule(LightningDataModule):
     instead, and its exceptions pass as they are. Training batches are full (the rest of an epoch's
     permutation is left out, another rest in every epoch) unless the data set is smaller than one.
 
+    Subclasses call `save_hyperparameters(logger=False)`: Lightning logs the arguments of module and
+    data together, and refuses a name, such as seed, that has two values.
+
     Args:
         batch_size: items in a training batch, on each rank.
         eval_batch_size: items in any other batch; as in training if left out.

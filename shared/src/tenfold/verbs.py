@@ -29,9 +29,10 @@ from tenfold.cli import VERBS, App, cause, load, parse_error, underscored
 from tenfold.errors import UserError
 from tenfold.predictions import PredictionTable
 from tenfold.progress import PlainProgress, on_terminal
-from tenfold.training import LAST, Resumable, StepSeed, resume_path
+from tenfold.training import LAST, Resumable, StepSeed, StopOnBadLoss, resume_path
 
 CONFIG = "config.yaml"
+DEFAULT = "demo"  # the recipe of a fit that names none
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
 
     An argument of the model comes from the command line, else from the checkpoint, else from the
     last `--config` that has it; one of the data from the command line, else the last `--config`,
-    else the checkpoint.
+    else the checkpoint. A fit that names neither recipe, model nor checkpoint takes `DEFAULT`.
     """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("-c", "--config", action="append", default=[])
@@ -94,10 +95,13 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
         if target and flags[-1:] == [part]:  # alone it would explain LightningModule itself
             flags.append(target.replace(":", "."))
 
-    recipes = [app.recipe(name) for name in typed.config]
-    folder, checkpoint = _folder_and_checkpoint(app, verb, typed, recipes)
-    if checkpoint and verb == "fit" and not recipes:
-        recipes = [path for path in [folder / CONFIG] if path.is_file()]
+    recipes, default = [app.recipe(name) for name in typed.config], []
+    if verb == "fit" and not (recipes or typed.model):
+        default = [path for name, path in app.recipes().items() if name == DEFAULT]
+    folder, checkpoint = _folder_and_checkpoint(app, verb, typed, recipes or default)
+    if checkpoint and default:
+        default = [path for path in [folder / CONFIG] if path.is_file()]
+    recipes = recipes or default
     saved = _saved_arguments(app, checkpoint) if checkpoint else {}
     configs = [saved.get("data"), *recipes, saved.get("model")]
     short = {long: getattr(typed, short) for short, long in app.shortcuts.items()}
@@ -247,7 +251,7 @@ def run_callbacks(
         progress: Whether to show it; the trainer's enable_progress_bar must be
             `progress and on_terminal()`.
     """
-    ours = [Resumable(), StepSeed(seed)]
+    ours = [Resumable(), StepSeed(seed), StopOnBadLoss()]
     if progress:
         bar = RichProgressBar(console_kwargs={"stderr": True}) if on_terminal() else PlainProgress()
         ours.append(bar)

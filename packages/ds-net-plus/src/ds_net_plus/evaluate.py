@@ -9,7 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ds_net_plus.model import FORBIDDEN, DynamicNet, choose_routes
+from ds_net_plus.model import (
+    DynamicNet,
+    check_finite,
+    check_statistics,
+    choose_routes,
+)
 from tenfold.errors import UserError
 
 
@@ -70,9 +75,11 @@ def collect(net: DynamicNet, batches: Iterable, size: int | None = None) -> Rout
         size: image side for the costs; that of the images where None.
 
     Raises:
-        UserError: no images, or logits that are not finite (names the image).
+        UserError: no images, logits that are not finite (names the image), or statistics that
+            were never measured.
     """
     net.eval()
+    check_statistics(net, net.routing_space)
     device = next(net.parameters()).device
     columns: dict[str, list[Tensor]] = {k: [] for k in ("input", "score", "logits", "label")}
     hard: list[Tensor] = []
@@ -82,9 +89,7 @@ def collect(net: DynamicNet, batches: Iterable, size: int | None = None) -> Rout
         size = size or image.shape[-1]
         front = net.front(image)
         logits = torch.stack([net.rest(front.features, k) for k in net.routing_space], 1)
-        bad = (~logits.isfinite().flatten(1).all(1)).nonzero()
-        if len(bad):
-            raise UserError("logits are not finite", where=f"image {seen + int(bad[0])}")
+        check_finite(logits, first=seen)
         columns["input"].append(front.gate_input.cpu())
         columns["score"].append(net.scores(net.gate_logits(front.gate_input)).cpu())
         columns["logits"].append(logits.cpu())
@@ -115,7 +120,7 @@ def with_gate(table: RouteTable, net: DynamicNet) -> RouteTable:
 def restrict(table: RouteTable, positions: Sequence[int]) -> RouteTable:
     """The same answers where the gate may choose among some positions of the space only."""
     allowed = torch.tensor([j in positions for j in range(len(table.madds))])
-    return replace(table, scores=table.scores.masked_fill(~allowed, FORBIDDEN))
+    return replace(table, scores=table.scores.masked_fill(~allowed, float("-inf")))
 
 
 def point_at(table: RouteTable, tau: float = 0.0) -> Point:
@@ -142,7 +147,7 @@ def calibrate_tau(
     Negative where the gate alone spends less than the target. Found by bisection.
 
     Args:
-        scores: the gate's opinion of every route.
+        scores: the gate's opinion of every route, -inf for those that it may not choose.
         madds: MAdds of the routes, ascending, which the decision prices.
         target: mean cost, between that of the cheapest and of the dearest route.
         costs: what `target` is measured in, such as milliseconds; MAdds where None.
@@ -151,7 +156,8 @@ def calibrate_tau(
         UserError: the target is not feasible.
     """
     prices = torch.tensor(madds if costs is None else costs, dtype=torch.float64)
-    least, most = float(prices.min()), float(prices.max())
+    allowed = scores.isfinite().any(0)
+    least, most = float(prices[allowed].min()), float(prices[allowed].max())
     if not least <= target <= most:
         raise UserError(
             f"target {target:g} lies outside what the routes can do",
@@ -159,7 +165,8 @@ def calibrate_tau(
         )
     # beyond this price every decision is that of cost alone
     gap = min(high - low for low, high in pairwise(madds))
-    high = float(scores.max() - scores.min() + 1) * madds[-1] / gap
+    finite = scores[:, allowed]
+    high = float(finite.max() - finite.min() + 1) * madds[-1] / gap
     low = -high
     for _ in range(60):
         middle = (low + high) / 2

@@ -24,6 +24,7 @@ class RouteProfile:
         params: active parameters.
         madds: multiply-adds of one image.
         ms: median milliseconds per image by batch size.
+        p90: 90th percentile of the same.
         theoretical: MAdds of the widest route over this one's.
         realised: time of the widest route over this one's, by batch size.
     """
@@ -33,6 +34,7 @@ class RouteProfile:
     params: int
     madds: int
     ms: dict[int, float]
+    p90: dict[int, float]
     theoretical: float
     realised: dict[int, float]
 
@@ -63,12 +65,14 @@ def profile_routes(
     costs = {route: net.madds(route, size) for route in routes}
     widest = max(routes, key=lambda route: costs[route])
     ms: dict[RouteLike, dict[int, float]] = {route: {} for route in routes}
+    p90: dict[RouteLike, dict[int, float]] = {route: {} for route in routes}
     for batch in batches:
         x = example_images(net, batch, size)
         plain = {route: fast_route(net, route) for route in routes}
         timings = time_networks({str(r): plain[r] for r in routes}, x, repeats)
         for route in routes:
-            ms[route][batch] = timings[str(route)].median_ms / batch
+            timing = timings[str(route)].per_item(batch)
+            ms[route][batch], p90[route][batch] = timing.median_ms, timing.p90_ms
     return [
         RouteProfile(
             route,
@@ -76,6 +80,7 @@ def profile_routes(
             net.active_params(route),
             costs[route],
             ms[route],
+            p90[route],
             costs[widest] / costs[route],
             {batch: ms[widest][batch] / ms[route][batch] for batch in batches},
         )
@@ -138,7 +143,7 @@ def execution_rivals(
 
     def grouped(x: Tensor) -> object:
         features, logits = runner.front(x)
-        net.decide(logits)  # the decision is part of the cost; the mix is prescribed
+        net.decide(logits, size=size)  # the decision is part of the cost; the mix is prescribed
         return runner.run(features, choice, size)
 
     def masked(x: Tensor) -> object:

@@ -17,10 +17,10 @@ def recalibrate(
 ) -> int:
     """Replaces all running statistics by their mean over `images`.
 
-    Every batch runs the front once, then the rest of each route, then mode "largest"; a set that
-    several of these share counts the first only. So the wide front has its own statistics, and
-    behind it mode "largest" uses those of the widest route. The t-th batch has weight 1/t; means
-    are averaged over ranks.
+    Every batch runs the front, then the rest of each route, then the front of mode "largest". So
+    the wide front has its own statistics, and behind it mode "largest" uses those of the widest
+    route. A set that several of these share counts the first only. The t-th batch has weight 1/t;
+    means are averaged over ranks.
 
     Args:
         net: left in the mode it had.
@@ -51,7 +51,7 @@ def recalibrate(
             features = net.front(batch).features
             for route in range(net.num_routes) if routes is None else routes:
                 net.rest(features, route)
-            net(batch, route="largest")
+            net.front(batch, largest=True)
     finally:
         net.train(training)
         for hook in hooks:

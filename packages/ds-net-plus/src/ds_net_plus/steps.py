@@ -4,8 +4,8 @@ Stage I is the sandwich rule with in-place (ensemble) bootstrapping (DS-Net sect
 the training of the gate on a frozen supernet (section 3.3).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,11 @@ class Stage1Output:
     logits: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """The class logits, under the name that the method's description uses."""
+        return self.logits
 
     @property
     def loss(self) -> Tensor:
@@ -142,7 +147,32 @@ def _teacher_weight(distill: str, progress: float) -> float:
 
 @torch.no_grad()
 def _teacher_targets(teacher: DynamicNet, x: Tensor, routes: Sequence[int | str]) -> Tensor:
-    return torch.stack([teacher(x, route=route).softmax(1) for route in routes]).mean(0)
+    with _eval_mode(teacher):  # with its own statistics, which must not follow this batch
+        return torch.stack([teacher(x, route=route).softmax(1) for route in routes]).mean(0)
+
+
+@contextmanager
+def _eval_mode(net: torch.nn.Module) -> Iterator[None]:
+    training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(training)
+
+
+@contextmanager
+def _gate_alone(model: DynamicNet) -> Iterator[None]:
+    """Only the slimming head collects gradients inside."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in model.gate_parameters():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
 
 
 def drop_zero_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -282,7 +312,7 @@ def stage2_step(
     smoothing: float = 0.1,
     backward: Callable[[Tensor], object] | None = torch.Tensor.backward,
 ) -> Stage2Output:
-    """Forward and backward of one gate step; gradients add up in the slimming head.
+    """Forward and backward of one gate step; gradients add up in the slimming head alone.
 
     Args:
         model: the supernet; run in eval mode, whatever its mode, and left in the mode it had.
@@ -306,30 +336,29 @@ def stage2_step(
     """
     if routing_space is not None:
         model.routing_space = routing_space
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        front = model.front(x)
-    output = gate_objective(
-        model,
-        front.gate_input,
-        y,
-        features=front.features,
-        noise=noise,
-        gate_loss=gate_loss,
-        estimator=estimator,
-        sgs=sgs,
-        objective=GateLoss(
-            lambda_ce,
-            lambda_cplx,
-            lambda_sgs,
-            None if scale is None else float(scale),
-            sgs_on,
-            smoothing,
-        ),
-        size=x.shape[-1],
+    objective = GateLoss(
+        lambda_ce,
+        lambda_cplx,
+        lambda_sgs,
+        None if scale is None else float(scale),
+        sgs_on,
+        smoothing,
     )
-    model.train(training)
-    if backward is not None:
-        backward(output.loss)
+    with _eval_mode(model), _gate_alone(model):
+        with torch.no_grad():
+            front = model.front(x)
+        output = gate_objective(
+            model,
+            front.gate_input,
+            y,
+            features=front.features,
+            noise=noise,
+            gate_loss=gate_loss,
+            estimator=estimator,
+            sgs=sgs,
+            objective=objective,
+            size=x.shape[-1],
+        )
+        if backward is not None:
+            backward(output.loss)
     return output

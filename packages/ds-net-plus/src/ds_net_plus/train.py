@@ -1,36 +1,31 @@
 """Both stages as functions: what `fit`, `train-gate`, `demo` and the benchmarks have in common."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import RouteTable, collect
-from ds_net_plus.model import DynamicNet, create_model
+from ds_net_plus.model import DynamicNet, reset_gate
 from ds_net_plus.module import GateBatch, GateModule, SupernetModule
 from ds_net_plus.recalibration import recalibrate
 from tenfold.data import DataModule, TensorItems
-from tenfold.progress import PlainProgress, on_terminal, track
-from tenfold.training import Resumable, StepSeed, StopOnBadLoss, resume_path
-from tenfold.verbs import run_loggers
+from tenfold.progress import on_terminal, track
+from tenfold.training import Resumable, resume_path
+from tenfold.verbs import run_callbacks, run_loggers
 
 
 def make_trainer(
     folder: Path, *, epochs: int, seed: int = 0, accelerator: str = "auto", progress: bool = True
 ) -> Trainer:
     """A trainer whose run can be killed and resumed bit for bit; it keeps `folder`/last.ckpt."""
-    callbacks: list[Callback] = [Resumable(dirpath=folder), StepSeed(seed), StopOnBadLoss()]
-    if progress:
-        callbacks.append(RichProgressBar() if on_terminal() else PlainProgress())
     return Trainer(
         accelerator=accelerator,
         devices=1,
         max_epochs=epochs,
-        callbacks=callbacks,
+        callbacks=run_callbacks([Resumable(dirpath=folder)], seed=seed, progress=progress),
         logger=run_loggers(folder, checkpoint=resume_path(folder)),
         enable_checkpointing=False,
         enable_progress_bar=progress and on_terminal(),
@@ -128,29 +123,3 @@ def train_gate(
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume_path(folder))
     return module.eval()
-
-
-def reset_gate(net: DynamicNet, seed: int) -> None:
-    """A fresh gate: hidden layers at random, the output layer at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    *hidden, head = net.gate_parameters()
-    with torch.no_grad():
-        for parameter in hidden:
-            bound = parameter.shape[-1] ** -0.5
-            parameter.uniform_(-bound, bound, generator=generator)
-        head.zero_()
-
-
-def with_space(net: DynamicNet, space: Sequence[int]) -> DynamicNet:
-    """The same supernet with a fresh gate over other routes, of any number.
-
-    Raises:
-        UserError: an invalid routing space.
-    """
-    other = create_model(net.name, **{**net.config, "gate_outputs": len(space)})
-    other.routing_space = tuple(space)
-    gate = {id(p) for p in net.gate_parameters()}
-    names = {name for name, p in net.named_parameters() if id(p) in gate}
-    state = {k: v for k, v in net.state_dict().items() if k not in names}
-    other.load_state_dict({**other.state_dict(), **state})
-    return other.eval()

@@ -6,6 +6,7 @@ from typing import Any
 from ds_net_plus.checkpoint import DATA, Saved, read_checkpoint
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import DynamicNet
+from ds_net_plus.module.base import check_data
 from tenfold.device import pick_device
 from tenfold.errors import UserError
 
@@ -19,15 +20,23 @@ def open_network(ckpt: Path, weights: str, device: str = "cpu") -> tuple[Saved, 
     if weights not in ("ema", "student"):
         raise UserError(f"weights must be 'ema' or 'student', got {weights!r}")
     saved = read_checkpoint(ckpt)
+    for note in saved.notes:
+        print(f"{ckpt}: {note}")
     net = saved.evaluated if weights == "ema" else saved.nets["net"]
     return saved, net.to(pick_device(device)).eval()
 
 
-def open_data(saved: Saved, changes: dict[str, Any] | None) -> ImageData:
+def open_data(saved: Saved, changes: dict[str, Any] | None, stage: str | None = None) -> ImageData:
     """The data that the checkpoint was trained on, with some arguments changed.
 
+    Args:
+        saved: the checkpoint.
+        changes: arguments of `ImageData`.
+        stage: of Lightning, such as "predict"; all splits where None.
+
     Raises:
-        UserError: an argument that `ImageData` does not have, or unusable data.
+        UserError: an argument that `ImageData` does not have, unusable data, or data that the
+            checkpoint's network was not made for.
     """
     arguments = dict(saved.raw.get(DATA, {})) | (changes or {})
     arguments = {k: v for k, v in arguments.items() if not k.startswith("_")}
@@ -35,7 +44,8 @@ def open_data(saved: Saved, changes: dict[str, Any] | None) -> ImageData:
         data = ImageData(**arguments)
     except TypeError as error:
         raise UserError(str(error).replace("ImageData.__init__() ", ""), where="--data") from error
-    data.setup()
+    data.setup(stage)
+    check_data(saved.evaluated, data)
     return data
 
 

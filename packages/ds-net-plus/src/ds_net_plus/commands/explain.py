@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_net_plus.commands.common import open_data, open_network
 from ds_net_plus.data import ImageData
-from ds_net_plus.model import DynamicNet, choose_routes, tau_for_budget
+from ds_net_plus.model import DynamicNet, check_finite, check_statistics, tau_for_budget
 from ds_net_plus.report import gallery
 from tenfold.errors import UserError
 from tenfold.plotting import save
@@ -48,7 +48,8 @@ def explain(
     net.check_gate()
     tau = tau if budget is None else tau_for_budget(net, budget)
     bad = {"fail": "raise", "skip": "skip"}[on_error]
-    source = open_data(saved, {"predict_root": str(images), "on_bad_item": bad})
+    source = open_data(saved, {"predict_root": str(images), "on_bad_item": bad}, "predict")
+    check_statistics(net, net.routing_space)
     rows, shown = explain_images(net, source, tau, per_route)
     if not rows:
         raise UserError("there is no readable image", where=str(images))
@@ -86,9 +87,9 @@ def explain_images(
         front = net.front(batch.image.to(place))
         logits = net.gate_logits(front.gate_input)
         scores, madds = net.scores(logits), net.space_madds(batch.image.shape[-1])
-        output = net.dispatch(
-            front.features, choose_routes(scores, madds, tau).cpu(), net.rest, madds
-        )
+        choice = net.decide(logits, tau, batch.image.shape[-1])
+        output = net.dispatch(front.features, choice, net.rest, madds)
+        check_finite(output.logits, first=len(rows))
         probability = scores if net.gate_score == "probability" else logits.softmax(1)
         score, label = output.logits.softmax(1).max(1)
         for n, index in enumerate(batch.index.tolist()):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ds_net_plus.checkpoint import STUDENT, TEACHER, Saved
+from ds_net_plus.checkpoint import DATA, STUDENT, TEACHER, Saved
 from ds_net_plus.commands.common import beside, open_network
 from ds_net_plus.commands.stages import write
 from ds_net_plus.convert import convert_official, parity_check
@@ -108,4 +108,5 @@ def convert_checkpoint(
         for line in report.lines():
             print(f"{name}: {line}")
         print(f"{name}: sliced equals materialised to {parity_check(nets[name]):.1e}")
-    print(f"wrote {write(out or beside(source, 'converted'), Saved({}, nets))}")
+    images = {"source": "imagenet", "image_size": nets[STUDENT].image_size}
+    print(f"wrote {write(out or beside(source, 'converted'), Saved({DATA: images}, nets))}")

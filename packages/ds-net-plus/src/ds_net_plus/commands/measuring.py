@@ -19,9 +19,8 @@ from ds_net_plus.measure import (
     profile_routes,
     time_networks,
 )
-from ds_net_plus.model import DynamicNet, create_model
+from ds_net_plus.model import DynamicNet, create_model, with_space
 from ds_net_plus.runner import DynamicRunner
-from ds_net_plus.train import with_space
 from tenfold.device import pick_device, report
 from tenfold.errors import UserError
 
@@ -52,8 +51,11 @@ def profile(
         out: folder for profile.csv and profile.json.
     """
     net = measured_net(model, ckpt, device)
+    place = next(net.parameters())
+    setting = {"device": str(place.device), "dtype": str(place.dtype).removeprefix("torch.")}
     wanted = range(net.num_routes) if routes == "all" else parse_numbers(routes, int, "--routes")
     with set_threads(threads):
+        setting["threads"] = str(torch.get_num_threads())
         rows = profile_routes(
             net,
             routes=list(wanted),
@@ -61,9 +63,12 @@ def profile(
             batches=sorted({1, batch}) if latency else (),
         )
     print(profile_table(rows))
+    if latency:
+        print("medians on " + ", ".join(f"{key} {value}" for key, value in setting.items()))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        result = {"machine": report(), "routes": [row.as_dict() for row in rows]}
+        result = {"machine": report(), "setting": setting}
+        result["routes"] = [row.as_dict() for row in rows]
         (out / "profile.json").write_text(json.dumps(result, indent=2) + "\n")
         write_csv(out / "profile.csv", rows)
         print(f"wrote {out / 'profile.json'} and {out / 'profile.csv'}")
@@ -101,7 +106,7 @@ def profile_table(rows: list[RouteProfile]) -> str:
     batches = list(rows[0].ms)
     head = ["route", "widths", "params", "MAdds", "speed-up in theory"]
     for batch in batches:
-        head += [f"ms/image at {batch}", f"speed-up at {batch}"]
+        head += [f"ms/image at {batch}", "p90", f"speed-up at {batch}"]
     lines = [head]
     for row in rows:
         cells = [
@@ -112,7 +117,7 @@ def profile_table(rows: list[RouteProfile]) -> str:
             f"{row.theoretical:.2f}",
         ]
         for batch in batches:
-            cells += [f"{row.ms[batch]:.3f}", f"{row.realised[batch]:.2f}"]
+            cells += [f"{row.ms[batch]:.3f}", f"{row.p90[batch]:.3f}", f"{row.realised[batch]:.2f}"]
         lines.append(cells)
     return columns(lines)
 
@@ -134,12 +139,14 @@ def write_csv(path: Path, rows: list[RouteProfile]) -> None:
         writer.writerow(
             ["route", "widths", "params", "madds", "theoretical_speedup"]
             + [f"ms_batch{b}" for b in batches]
+            + [f"p90_ms_batch{b}" for b in batches]
             + [f"speedup_batch{b}" for b in batches]
         )
         for row in rows:
             writer.writerow(
                 [row.route, "/".join(map(str, row.widths)), row.params, row.madds, row.theoretical]
                 + [row.ms[b] for b in batches]
+                + [row.p90[b] for b in batches]
                 + [row.realised[b] for b in batches]
             )
 
@@ -176,8 +183,13 @@ def benchmark(
         device: cpu, cuda, mps or auto.
         out: JSON file for the result.
     """
+    if routing_space is not None and ckpt is not None:
+        raise UserError(
+            "--routing-space is for untrained networks: a checkpoint's gate has its own",
+            where=str(ckpt),
+        )
     net = measured_net(model, ckpt, device)
-    if routing_space is not None and ckpt is None:
+    if routing_space is not None:
         net = with_space(net, parse_numbers(routing_space, int, "--routing-space"))
         net = ordinary_activations(net.cpu()).to(pick_device(device))
     if mix == "observed":
@@ -246,7 +258,7 @@ def compare_execution(
 def search_routes(
     *,
     ckpt: Path,
-    budgets: str | None = None,
+    budget: str | None = None,
     count: int = 4,
     weights: str = "ema",
     data: dict[str, Any] | None = None,
@@ -256,7 +268,7 @@ def search_routes(
 
     Args:
         ckpt: a Stage-I checkpoint.
-        budgets: mean MAdds in millions, such as 150,320,560; for each, the window of `count`
+        budget: mean MAdds in millions, such as 150,320,560; for each, the window of `count`
             neighbouring Pareto routes whose MAdds bracket it.
         count: routes in a suggested space.
         weights: the copy of the network, ema or student.
@@ -279,8 +291,8 @@ def search_routes(
         raise UserError("only one route is worth choosing: wider ones are no more accurate")
     even = [pareto[j * (len(pareto) - 1) // (count - 1)] for j in range(count)]
     print(f"suggested for every budget: --routing-space {','.join(map(str, even))}")
-    for budget in parse_numbers(budgets, float, "--budgets") if budgets else []:
+    for target in parse_numbers(budget, float, "--budget") if budget else []:
         costs = [table.madds[k] for k in pareto]
-        start = int(np.searchsorted(costs, budget * 1e6)) - count // 2
+        start = int(np.searchsorted(costs, target * 1e6)) - count // 2
         window = pareto[max(0, min(start, len(pareto) - count)) :][:count]
-        print(f"for {budget:g} M MAdds: --routing-space {','.join(map(str, window))}")
+        print(f"for {target:g} M MAdds: --routing-space {','.join(map(str, window))}")

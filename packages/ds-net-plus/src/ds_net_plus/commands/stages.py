@@ -15,10 +15,10 @@ from ds_net_plus.evaluate import (
 )
 from ds_net_plus.losses import sgs_targets
 from ds_net_plus.measure import profile_routes
-from ds_net_plus.model import DynamicNet, check_statistics, choose_routes
+from ds_net_plus.model import DynamicNet, check_statistics, choose_routes, with_space
 from ds_net_plus.recalibration import recalibrate as measure_statistics
 from ds_net_plus.report import comparison_rows, comparison_table, gate_confusion
-from ds_net_plus.train import CachedRoutes, cache_routes, training_images, with_space
+from ds_net_plus.train import CachedRoutes, cache_routes, training_images
 from ds_net_plus.train import train_gate as run_stage2
 from tenfold.errors import UserError
 from tenfold.plotting import save
@@ -74,7 +74,9 @@ def train_gate(
     optimizer: str = "adam",
     lr: float = 1e-2,
     weight_decay: float = 0.0,
+    smoothing: float = 0.1,
     steps: int = 800,
+    epochs: int | None = None,
     batch_size: int = 256,
     cache: bool = True,
     gate_split: float | None = None,
@@ -102,7 +104,9 @@ def train_gate(
         optimizer: adam, or sgd as in the official program.
         lr: peak learning rate.
         weight_decay: on the gate (official: 0.01).
+        smoothing: label smoothing of the paper's loss.
         steps: training steps.
+        epochs: passes over the gate's images instead of steps.
         batch_size: images in a step.
         cache: run every route once on unaugmented images and train from memory.
         gate_split: share of the training images kept for the gate; as in Stage I if left out.
@@ -113,7 +117,7 @@ def train_gate(
     """
     saved, net = open_network(ckpt, weights, device)
     changes = dict(data or {}) | ({} if gate_split is None else {"gate_split": gate_split})
-    source = open_data(saved, changes)
+    source = open_data(saved, changes | {"train_on": "gate", "batch_size": batch_size})
     if routing_space is not None:
         net = with_space(net, parse_numbers(routing_space, int, "--routing-space")).to(
             next(net.parameters()).device
@@ -127,11 +131,12 @@ def train_gate(
         )
     if cache:
         table = cache_routes(net, source.gate_loader(), "running every route once", progress=True)
+    images = source if table is None else CachedRoutes(table, batch_size, seed)
     module = run_stage2(
         net,
-        source if table is None else CachedRoutes(table, batch_size, seed),
+        images,
         out.with_suffix(""),
-        steps=steps,
+        steps=steps if epochs is None else epochs * len(images.train_dataloader()),
         seed=seed,
         accelerator=net_accelerator(net),
         gate_loss=gate_loss,
@@ -145,6 +150,7 @@ def train_gate(
         optimizer=optimizer,
         lr=lr,
         weight_decay=weight_decay,
+        smoothing=smoothing,
     )
     finish_gate(saved, module.net.to(next(net.parameters()).device), source, table, out, sgs)
 
@@ -165,7 +171,12 @@ def finish_gate(
     space = net.routing_space
     print(comparison_table(comparison_rows(test, points, routes=space), routes=space))
     choice = choose_routes(test.scores, test.madds, 0.0)
-    targets = sgs_targets(test.correct, "ladder" if sgs == "none" else sgs)
+    sgs = "ladder" if sgs == "none" else sgs
+    targets = sgs_targets(test.correct, sgs)
+    print(
+        f"gate accuracy: {float((choice == targets).double().mean()):.4f} of the images take "
+        f"the route that {sgs} calls right"
+    )
     picture = save(
         gate_confusion(test, choice, targets, routes=space, target=f"label of {sgs}"),
         out.with_suffix(".confusion.png"),
@@ -222,7 +233,9 @@ def calibrate_budget(
     assert target is not None
     tau = calibrate_tau(table.scores, table.madds, target, costs)
     point = point_at(table, tau)
-    net.budgets = sorted({*net.budgets, *budget_table(table), (tau, point.madds)})
+    budgets = sorted({*net.budgets, *budget_table(table), (tau, point.madds)})
+    for copy in saved.nets.values():
+        copy.budgets = budgets
     print(
         json.dumps(
             {

@@ -89,6 +89,7 @@ class ImageData(DataModule):
         test_size: int = 4000,
         gate_split: float = 0.0,
         val_split: float = 0.0,
+        train_on: Literal["train", "gate"] = "train",
         image_column: str = "image",
         label_column: str = "label",
         predict_root: str | None = None,
@@ -103,7 +104,7 @@ class ImageData(DataModule):
         Args:
             source: "generated" (glyph-mix), "imagenet", "imagefolder", "cifar10", "cifar100" or
                 "parquet".
-            root: folder of a source on disk.
+            root: folder of a source on disk; predict alone needs none.
             image_size: side in pixels; 32 for generated and CIFAR images, else 224.
             channels: 1 (grey) or 3; 1 for generated images, else 3.
             augment: of training images: "none", "light", "rand-m7" or "imagenet".
@@ -113,6 +114,7 @@ class ImageData(DataModule):
             gate_split: share of the training images kept for Stage II.
             val_split: share of the training images kept for validation and budgets; without it,
                 and without a validation split on disk, the test images serve.
+            train_on: "train", or "gate": the images of `gate_split` (all where it is 0).
             image_column: of parquet files.
             label_column: of parquet files.
             predict_root: folder of images for predict.
@@ -126,12 +128,12 @@ class ImageData(DataModule):
             UserError: an option that does not exist.
         """
         super().__init__(batch_size, eval_batch_size, workers, seed, on_bad_item)
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the module's own seed may be another
         self.predict_files: list[Path] = []
         if source != GENERATED and source not in SOURCES:
             known = ", ".join([GENERATED, *SOURCES])
             raise UserError(f"source must be one of {known}, got {source!r}")
-        if source != GENERATED and root is None:
+        if source != GENERATED and root is None and predict_root is None:
             raise UserError(f"source {source} needs a folder", fix="give --data.root DIR")
         if min(gate_split, val_split) < 0 or gate_split + val_split >= 1:
             raise UserError("gate_split and val_split must be shares that leave training images")
@@ -169,10 +171,14 @@ class ImageData(DataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads the index of the source, or draws the generated images.
 
+        Args:
+            stage: fit, validate, test or predict; the last reads nothing where a folder is named.
+
         Raises:
             UserError: the source is missing, damaged, or not what it should be.
         """
-        if self.class_names:
+        alone = stage == "predict" and self.hparams["predict_root"] is not None
+        if self.class_names or alone:
             return
         if self.source == GENERATED:
             self._setup_generated()
@@ -217,13 +223,16 @@ class ImageData(DataModule):
         }
 
     def train_dataset(self) -> Any:
-        """Augmented training images, without those kept for the gate or for validation."""
-        return self._part("train", self.train_transform)
+        """Augmented training images, without those kept for other ends; or Stage II's."""
+        chosen = self._gate_part() if self.hparams["train_on"] == "gate" else "train"
+        return self._part(chosen, self.train_transform)
 
     def gate_dataset(self) -> Any:
         """Images for Stage II, not augmented: those kept for it, else the training images."""
-        kept = "gate" if self.hparams["gate_split"] else "train"
-        return self._part(kept, self.eval_transform)
+        return self._part(self._gate_part(), self.eval_transform)
+
+    def _gate_part(self) -> str:
+        return "gate" if self.hparams["gate_split"] else "train"
 
     def _part(self, name: str, transform: Transform) -> Any:
         items = self._items("train", transform)

@@ -2,12 +2,12 @@
 
 from ds_net_plus.layers.blocks import DSDepthwiseSeparable, DSInvertedResidual, make_divisible
 from ds_net_plus.layers.gate import MultiHeadGate, PlainGate
+from ds_net_plus.layers.norm import DSGroupNorm, DSLayerNorm, SwitchableBN
 from ds_net_plus.layers.slicing import (
     ConvAct,
     DSConv2d,
     DSDepthwiseConv2d,
     DSLinear,
-    SwitchableBN,
     apply_channel_mask,
     channel_mask,
     check_widths,
@@ -19,7 +19,9 @@ __all__ = [
     "DSConv2d",
     "DSDepthwiseConv2d",
     "DSDepthwiseSeparable",
+    "DSGroupNorm",
     "DSInvertedResidual",
+    "DSLayerNorm",
     "DSLinear",
     "MultiHeadGate",
     "PlainGate",

@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ds_net_plus.layers.gate import MultiHeadGate
+from ds_net_plus.layers.norm import SwitchableBN
 from ds_net_plus.layers.slicing import (
     ConvAct,
     DSConv2d,
     DSDepthwiseConv2d,
-    SwitchableBN,
     apply_channel_mask,
     channel_mask,
     check_widths,
@@ -142,6 +142,8 @@ class DSInvertedResidual(nn.Module):
         self.gate = MultiHeadGate(self.middle[-1], gate_outputs, squeeze_ratio, attention)
         self.conv_pwl = DSConv2d(self.middle[-1], self.out_widths[-1])
         self.bn3 = SwitchableBN(self.out_widths)
+        if residual:  # a fresh block is the identity
+            nn.init.zeros_(self.bn3.affine(self.out_widths[-1])[0])
 
     def forward(
         self, x: Float[Tensor, "batch in_ height width"], out: int

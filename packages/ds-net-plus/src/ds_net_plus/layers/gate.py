@@ -41,6 +41,14 @@ class MultiHeadGate(nn.Module):
         self.conv_reduce = nn.Conv2d(channels, hidden, 1)
         self.conv_expand = nn.Conv2d(hidden, channels, 1)
         self.gate = nn.Sequential(nn.Conv2d(hidden, outputs, 1, bias=False)) if outputs else None
+        self.reset_attention()
+
+    def reset_attention(self) -> None:
+        """Makes an attention head of kind "tanh1p" the identity; leaves a sigmoid as it is."""
+        if self.attention == "tanh1p":
+            assert self.conv_expand.bias is not None
+            nn.init.zeros_(self.conv_expand.weight)
+            nn.init.zeros_(self.conv_expand.bias)
 
     def squeeze(
         self, x: Float[Tensor, "batch channels height width"]

@@ -18,9 +18,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tenfold.errors import UserError
 
-BN_EPS = 1e-5
-BN_MOMENTUM = 0.1
-
 
 def check_widths(widths: Sequence[int], what: str) -> tuple[int, ...]:
     """Returns `widths` as a tuple of ascending positive channel counts.
@@ -54,10 +51,57 @@ def apply_channel_mask(
     return x * mask[:, :, None, None]
 
 
-class DSConv2d(nn.Conv2d):
+def official_padding(kernel_size: int, stride: int, dilation: int = 1) -> int:
+    """((stride - 1) + dilation * (kernel_size - 1)) // 2, the official program's padding."""
+    return ((stride - 1) + dilation * (kernel_size - 1)) // 2
+
+
+class _DSConv(nn.Conv2d):
+    """What both convolutions share: the centre of the kernel, and the padding that goes with it."""
+
+    def _centre(self, weight: Tensor, kernel: int | None) -> tuple[Tensor, tuple[int, int]]:
+        """The weight's inner kernel x kernel taps (all where None), and their padding.
+
+        Raises:
+            UserError: a kernel that is larger than the stored one or not centred in it.
+        """
+        largest = self.kernel_size[0]
+        if kernel is None or kernel == largest:
+            return weight, (int(self.padding[0]), int(self.padding[1]))
+        if not 0 < kernel < largest or (largest - kernel) % 2:
+            allowed = list(range(2 - largest % 2, largest + 1, 2))
+            raise UserError(f"kernel {kernel} is not the centre of {largest}, choose of {allowed}")
+        edge = (largest - kernel) // 2
+        padding = official_padding(kernel, self.stride[0], self.dilation[0])
+        return weight[:, :, edge:-edge, edge:-edge], (padding, padding)
+
+    def _plain(self, weight: Tensor, kernel: int | None, groups: int) -> nn.Conv2d:
+        weight, padding = self._centre(weight, kernel)
+        out = weight.shape[0]
+        plain = nn.Conv2d(
+            weight.shape[1] * groups,
+            out,
+            (weight.shape[2], weight.shape[3]),
+            self.stride,  # pyright: ignore[reportArgumentType]
+            padding,
+            self.dilation,  # pyright: ignore[reportArgumentType]
+            groups,
+            self.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        plain.weight.data = weight.detach().clone(memory_format=torch.contiguous_format)
+        if self.bias is not None:
+            assert plain.bias is not None
+            plain.bias.data = self.bias[:out].detach().clone()
+        return plain
+
+
+class DSConv2d(_DSConv):
     """Convolution over the first channels of its input into the first `out` outputs.
 
-    Padding is ((stride - 1) + dilation * (kernel - 1)) // 2, that of the official program.
+    On request with the centre of its kernel alone, such as the 3x3 of a 5x5 (kernel slicing of
+    DS-Net++). The padding is that of the official program, see `official_padding`.
     """
 
     def __init__(
@@ -70,67 +114,49 @@ class DSConv2d(nn.Conv2d):
         bias: bool = False,
     ) -> None:
         """Stores the weight (out_channels, in_channels, kernel_size, kernel_size)."""
-        padding = ((stride - 1) + dilation * (kernel_size - 1)) // 2
+        padding = official_padding(kernel_size, stride, dilation)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias)
 
     def forward(
-        self, input: Float[Tensor, "batch in_ height width"], out: int | None = None
+        self,
+        input: Float[Tensor, "batch in_ height width"],
+        out: int | None = None,
+        kernel: int | None = None,
     ) -> Float[Tensor, "batch out_ height2 width2"]:
-        """Computes the first `out` output channels (all where None)."""
+        """Computes the first `out` output channels with the inner `kernel` taps (None: all)."""
         bias = None if self.bias is None else self.bias[:out]
-        weight = self.weight[:out, : input.shape[1]]
-        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation)
+        weight, padding = self._centre(self.weight[:out, : input.shape[1]], kernel)
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation)
 
-    def materialize(self, in_: int, out: int) -> nn.Conv2d:
+    def materialize(self, in_: int, out: int, kernel: int | None = None) -> nn.Conv2d:
         """The plain convolution of one pair of widths, with its own contiguous weight."""
-        return _plain_conv(self, self.weight[:out, :in_], out, groups=1)
+        return self._plain(self.weight[:out, :in_], kernel, groups=1)
 
 
-class DSDepthwiseConv2d(nn.Conv2d):
+class DSDepthwiseConv2d(_DSConv):
     """Depthwise convolution of the first channels; its width is that of the input."""
 
     def __init__(
         self, channels: int, kernel_size: int = 3, stride: int = 1, bias: bool = False
     ) -> None:
         """Stores the weight (channels, 1, kernel_size, kernel_size)."""
-        padding = ((stride - 1) + (kernel_size - 1)) // 2
+        padding = official_padding(kernel_size, stride)
         super().__init__(
             channels, channels, kernel_size, stride, padding, groups=channels, bias=bias
         )
 
     def forward(
-        self, input: Float[Tensor, "batch channels height width"]
+        self, input: Float[Tensor, "batch channels height width"], kernel: int | None = None
     ) -> Float[Tensor, "batch channels height2 width2"]:
-        """Filters every channel of `input` by its own kernel."""
+        """Filters every channel of `input` by the inner `kernel` taps (None: all) of its own."""
         channels = input.shape[1]
         bias = None if self.bias is None else self.bias[:channels]
-        return F.conv2d(
-            input, self.weight[:channels], bias, self.stride, self.padding, 1, groups=channels
-        )
+        weight, padding = self._centre(self.weight[:channels], kernel)
+        return F.conv2d(input, weight, bias, self.stride, padding, 1, groups=channels)
 
-    def materialize(self, channels: int) -> nn.Conv2d:
+    def materialize(self, channels: int, kernel: int | None = None) -> nn.Conv2d:
         """The plain depthwise convolution of one width."""
-        return _plain_conv(self, self.weight[:channels], channels, groups=channels)
-
-
-def _plain_conv(conv: nn.Conv2d, weight: Tensor, out: int, groups: int) -> nn.Conv2d:
-    plain = nn.Conv2d(
-        weight.shape[1] * groups,
-        out,
-        (weight.shape[2], weight.shape[3]),
-        conv.stride,  # pyright: ignore[reportArgumentType]
-        conv.padding,  # pyright: ignore[reportArgumentType]
-        conv.dilation,  # pyright: ignore[reportArgumentType]
-        groups,
-        conv.bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    plain.weight.data = weight.detach().clone()
-    if conv.bias is not None:
-        assert plain.bias is not None
-        plain.bias.data = conv.bias[:out].detach().clone()
-    return plain
+        return self._plain(self.weight[:channels], kernel, groups=channels)
 
 
 class DSLinear(nn.Linear):
@@ -153,94 +179,6 @@ class DSLinear(nn.Linear):
         if self.bias is not None:
             plain.bias.data = self.bias.detach().clone()
         return plain
-
-
-class SwitchableBN(nn.Module):
-    """Batch norm with one set of statistics per width and one affine pair, sliced.
-
-    The statistics are those of the input's own width, an entry of `widths`. `aux_bn[-1]` holds the
-    affine parameters. In training mode the active set follows with momentum 0.1 (unbiased variance)
-    and the batch counter is left alone, as in the official program.
-    """
-
-    def __init__(self, widths: Sequence[int]) -> None:
-        """Makes one statistics set for each of the ascending `widths`."""
-        super().__init__()
-        self.widths = check_widths(widths, "norm widths")
-        self.aux_bn = nn.ModuleList(
-            nn.BatchNorm2d(width, BN_EPS, BN_MOMENTUM, affine=width == self.widths[-1])
-            for width in self.widths
-        )
-
-    def statistics(self, width: int) -> nn.BatchNorm2d:
-        """The statistics set of one width.
-
-        Raises:
-            UserError: `width` is not one of the layer's widths.
-        """
-        if width not in self.widths:
-            raise UserError(f"width {width} is none of the norm's widths {list(self.widths)}")
-        bn = self.aux_bn[self.widths.index(width)]
-        assert isinstance(bn, nn.BatchNorm2d)
-        return bn
-
-    def affine(self, width: int) -> tuple[Tensor, Tensor]:
-        """The first `width` entries of the shared scale and shift."""
-        return self.aux_bn[-1].weight[:width], self.aux_bn[-1].bias[:width]  # pyright: ignore[reportIndexIssue, reportReturnType]
-
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Normalises with the statistics of width x.shape[1] (batch statistics in training)."""
-        bn = self.statistics(x.shape[1])
-        scale, shift = self.affine(x.shape[1])
-        return F.batch_norm(
-            x,
-            bn.running_mean,
-            bn.running_var,
-            scale,
-            shift,
-            self.training,
-            bn.momentum or 0.0,
-            bn.eps,
-        )
-
-    def masked(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        gate: Float[Tensor, "batch routes"],
-        widths: Sequence[int],
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Normalises each sample with the gate's mixture of statistics, then masks it.
-
-        mean = sum_k g_k pad(mean_k) and likewise the variance, zero padded to widths[-1] channels.
-        With a one-hot gate this is the sliced layer, and the gate gets a gradient through mean,
-        variance and mask.
-        """
-        sets = [self.statistics(width) for width in widths]
-        mean = gate @ torch.stack([_pad(bn.running_mean, widths[-1]) for bn in sets])
-        var = gate @ torch.stack([_pad(bn.running_var, widths[-1]) for bn in sets])
-        scale, shift = self.affine(widths[-1])
-        gain = scale * torch.rsqrt(var + BN_EPS)
-        y = x * gain[:, :, None, None] + (shift - mean * gain)[:, :, None, None]
-        return apply_channel_mask(y, channel_mask(gate, widths))
-
-    def materialize(self, width: int) -> nn.BatchNorm2d:
-        """The plain batch norm of one width, in eval mode."""
-        bn = self.statistics(width)
-        scale, shift = self.affine(width)
-        plain = nn.BatchNorm2d(width, BN_EPS).to(scale.device, scale.dtype)
-        plain.weight.data, plain.bias.data = scale.detach().clone(), shift.detach().clone()
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        plain.running_mean = bn.running_mean.clone()
-        plain.running_var = bn.running_var.clone()
-        return plain.eval()
-
-
-def _pad(statistic: Tensor | None, width: int) -> Tensor:
-    assert statistic is not None
-    return F.pad(statistic, (0, width - statistic.shape[0]))
 
 
 class ConvAct(nn.Module):

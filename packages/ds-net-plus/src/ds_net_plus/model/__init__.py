@@ -1,7 +1,6 @@
 """The networks, and `create_model` to build one by name."""
 
 from ds_net_plus.model.base import (
-    FORBIDDEN,
     LARGEST,
     DynamicNet,
     DynamicOutput,
@@ -9,6 +8,7 @@ from ds_net_plus.model.base import (
     PlainRoute,
     Route,
     RouteLike,
+    check_finite,
     check_statistics,
     choose_routes,
     count_madds,
@@ -17,10 +17,9 @@ from ds_net_plus.model.base import (
 )
 from ds_net_plus.model.cnn import DSConvNet
 from ds_net_plus.model.mobilenet import DSMobileNet
-from ds_net_plus.model.registry import MODELS, create_model
+from ds_net_plus.model.registry import MODELS, create_model, reset_gate, with_space
 
 __all__ = [
-    "FORBIDDEN",
     "LARGEST",
     "MODELS",
     "DSConvNet",
@@ -31,10 +30,13 @@ __all__ = [
     "PlainRoute",
     "Route",
     "RouteLike",
+    "check_finite",
     "check_statistics",
     "choose_routes",
     "count_madds",
     "create_model",
+    "reset_gate",
     "run_grouped",
     "tau_for_budget",
+    "with_space",
 ]

@@ -14,8 +14,6 @@ from ds_net_plus.layers import SwitchableBN
 from tenfold.errors import UserError
 
 LARGEST = "largest"
-FORBIDDEN = -1e4
-"""Score of a route that the gate may not choose."""
 RouteLike = int | str
 
 
@@ -231,25 +229,42 @@ class DynamicNet(nn.Module):
         if route is not None:
             route = self.check_route(route)
             return self.rest(self.front(x, largest=route == LARGEST).features, route)
-        self.check_gate()
+        if not self.gate_trained:  # a look at the weights would wait for the device
+            self.check_gate()
         front = self.front(x)
         logits = self.gate_logits(front.gate_input)
-        choice = self.decide(logits if noise is None else logits + noise, tau)
+        choice = self.decide(logits if noise is None else logits + noise, tau, x.shape[-1])
         return self.dispatch(front.features, choice, self.rest, self.space_madds(x.shape[-1]))
 
     def space_madds(self, size: int | None = None) -> list[int]:
         """MAdds of every route of the routing space."""
         return [self.madds(route, size) for route in self.routing_space]
 
-    def decide(self, gate_logits: Float[Tensor, "batch outputs"], tau: float = 0.0) -> Tensor:
+    def decide(
+        self,
+        gate_logits: Float[Tensor, "batch outputs"],
+        tau: float = 0.0,
+        size: int | None = None,
+        routes: Sequence[int] | None = None,
+    ) -> Tensor:
         """Positions in the routing space that the gate chooses, on the host.
 
         The only transfer from device to host in dynamic inference.
 
+        Args:
+            gate_logits: the slimming head's output.
+            tau: price of compute, see `choose_routes`.
+            size: image side that the price is for; the network's own where None.
+            routes: the routes of the space that may be chosen; all where None.
+
         Raises:
             UserError: an image whose gate logits are not finite, named by its batch index.
         """
-        choice = choose_routes(self.scores(gate_logits), self.space_madds(), tau)
+        scores = self.scores(gate_logits)
+        if routes is not None and tuple(routes) != self.routing_space:
+            allowed = torch.tensor([route in routes for route in self.routing_space])
+            scores = scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+        choice = choose_routes(scores, self.space_madds(size), tau)
         finite = gate_logits.isfinite().all(1)
         choice = torch.where(finite, choice, -1).cpu()
         if bool((choice < 0).any()):
@@ -349,6 +364,25 @@ def run_grouped(
     groups = features.index_select(0, order).split(counts.tolist())
     results = torch.cat([run(g, j) for g, j in zip(groups, used.tolist(), strict=True)])
     return torch.empty_like(results).index_copy_(0, order, results)
+
+
+def check_finite(logits: Float[Tensor, "batch ..."], first: int = 0) -> None:
+    """Makes sure that class logits mean something.
+
+    Args:
+        logits: of a batch.
+        first: number of the batch's first image.
+
+    Raises:
+        UserError: NaN or infinite logits; names the first image that has them.
+    """
+    bad = (~logits.isfinite().flatten(1).all(1)).nonzero()
+    if len(bad):
+        raise UserError(
+            "the class logits are not finite",
+            where=f"image {first + int(bad[0])}",
+            fix="look for NaN or infinite values in that image or in the weights",
+        )
 
 
 def check_statistics(net: DynamicNet, routes: Sequence[RouteLike]) -> None:

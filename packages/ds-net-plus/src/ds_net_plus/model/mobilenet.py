@@ -13,6 +13,7 @@ from ds_net_plus.layers import (
     DSConv2d,
     DSDepthwiseSeparable,
     DSLinear,
+    MultiHeadGate,
     SwitchableBN,
     check_widths,
     init_official,
@@ -138,6 +139,9 @@ class DSMobileNet(DynamicNet):
     def reset_parameters(self) -> None:
         """Official initialisation; the slimming head starts at zero, as untrained."""
         init_official(self)
+        for layer in self.modules():
+            if isinstance(layer, MultiHeadGate):
+                layer.reset_attention()
         bound = 1 / math.sqrt(self.num_classes)
         nn.init.uniform_(self.classifier.weight, -bound, bound)
         nn.init.zeros_(self.classifier.bias)

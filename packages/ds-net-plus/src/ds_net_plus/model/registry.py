@@ -1,6 +1,8 @@
-"""Named configurations."""
+"""Named configurations, and the same network with another gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from ds_net_plus.model.base import DynamicNet
 from ds_net_plus.model.cnn import DSConvNet
@@ -49,3 +51,29 @@ def create_model(name: str, **overrides: object) -> DynamicNet:
         raise UserError(str(error).replace("__init__() ", ""), where=f"model {name}") from error
     net.name = name
     return net
+
+
+def reset_gate(net: DynamicNet, seed: int) -> None:
+    """A fresh gate: hidden layers at random, the output layer at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    *hidden, head = net.gate_parameters()
+    with torch.no_grad():
+        for parameter in hidden:
+            bound = parameter.shape[-1] ** -0.5
+            parameter.uniform_(-bound, bound, generator=generator)
+        head.zero_()
+
+
+def with_space(net: DynamicNet, space: Sequence[int]) -> DynamicNet:
+    """The same supernet with a fresh gate over other routes, of any number.
+
+    Raises:
+        UserError: an invalid routing space.
+    """
+    other = create_model(net.name, **{**net.config, "gate_outputs": len(space)})
+    other.routing_space = tuple(space)
+    gate = {id(p) for p in net.gate_parameters()}
+    names = {name for name, p in net.named_parameters() if id(p) in gate}
+    state = {k: v for k, v in net.state_dict().items() if k not in names}
+    other.load_state_dict({**other.state_dict(), **state})
+    return other.eval()

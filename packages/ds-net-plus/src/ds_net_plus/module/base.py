@@ -1,22 +1,28 @@
 """What both training stages share: evaluation, prediction and checkpoint metadata."""
 
+import math
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ds_net_plus.checkpoint import META, net_metadata
-from ds_net_plus.data import Batch
+from ds_net_plus.data import Batch, ImageData
+from ds_net_plus.losses import gumbel_noise
 from ds_net_plus.model import (
     DynamicNet,
     DynamicOutput,
+    check_finite,
     check_statistics,
     create_model,
     tau_for_budget,
 )
+from tenfold.errors import UserError
 
 
 class NetModule(LightningModule):
@@ -31,6 +37,7 @@ class NetModule(LightningModule):
         route: str = "dynamic",
         tau: float = 0.0,
         budget: float | None = None,
+        eval_gumbel: bool = False,
     ) -> None:
         """Builds the network.
 
@@ -41,6 +48,7 @@ class NetModule(LightningModule):
             tau: price of compute in dynamic decisions.
             budget: target share of the widest route's MAdds instead of `tau`, looked up in the
                 table that `calibrate-budget` left in the checkpoint.
+            eval_gumbel: keep the Gumbel noise in dynamic decisions, as the official program does.
 
         Raises:
             UserError: an unknown architecture, argument or route.
@@ -49,23 +57,56 @@ class NetModule(LightningModule):
         self.save_hyperparameters()
         self.net = create_model(arch, **(net or {}))
         self.route = parse_route(self.net, route)
-        self.tau, self.budget = tau, budget
+        self.tau, self.budget, self.eval_gumbel = tau, budget, eval_gumbel
         self.top1 = MulticlassAccuracy(self.net.num_classes, average="micro")
         top_k = min(5, self.net.num_classes)
         self.top5 = MulticlassAccuracy(self.net.num_classes, average="micro", top_k=top_k)
         self.mean_madds = MeanMetric()
+
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return max(1, int(self.trainer.estimated_stepping_batches))
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """Warm-up, cosine and cooldown by the arguments of that name; moves as `schedule` says."""
+        h = self.hparams
+        check_schedule(self.trainer.max_epochs, h["warmup"], h["cooldown"])
+        per_epoch = self.steps() / self.trainer.max_epochs if self.trainer.max_epochs else 1.0
+        unit = 1.0 if h["schedule"] == "epoch" else per_epoch
+
+        def factor(t: int) -> float:
+            return learning_rate_factor(
+                t / unit,
+                self.steps() / per_epoch,
+                h["warmup"],
+                h["cooldown"],
+                h["warmup_lr"] / h["lr"],
+                h["min_lr"] / h["lr"],
+            )
+
+        return LambdaLR(optimizer, factor)
 
     def evaluated(self) -> DynamicNet:
         """The network that validate, test and predict run."""
         return self.net
 
     def forward(self, x: Tensor) -> DynamicOutput:
-        """Runs the chosen route, or the gate's choice, on normalised images."""
+        """Runs the chosen route, or the gate's choice, on normalised images.
+
+        Raises:
+            UserError: an image or class logits that are not finite.
+        """
         net = self.evaluated()
         if self.route is None:
             tau = self.tau if self.budget is None else tau_for_budget(net, self.budget)
-            return net(x, tau=tau)  # pyright: ignore[reportReturnType]
+            noise = None
+            if self.eval_gumbel:
+                noise = gumbel_noise(x.new_empty(len(x), net.gate_outputs))
+            output: DynamicOutput = net(x, tau=tau, noise=noise)  # pyright: ignore[reportAssignmentType]
+            check_finite(output.logits)
+            return output
         logits = net(x, route=self.route)
+        check_finite(logits)  # pyright: ignore[reportArgumentType]
         routes = -1 if self.route == "largest" else int(self.route)
         cost = net.madds(self.route, x.shape[-1])
         return DynamicOutput(
@@ -74,23 +115,37 @@ class NetModule(LightningModule):
             torch.full((len(x),), cost, device=x.device),
         )
 
+    def setup(self, stage: str) -> None:
+        """Refuses data that the network was not made for."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            check_data(self.net, data)
+
     def on_test_start(self) -> None:
         """Refuses networks whose statistics or gate were never trained."""
-        check_statistics(self.evaluated(), [0] if self.route is None else [self.route])
+        net = self.evaluated()
+        check_statistics(net, net.routing_space if self.route is None else [self.route])
         if self.route is None:
-            self.evaluated().check_gate()
+            net.check_gate()
 
     on_predict_start = on_test_start
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy and cost of the chosen route, or of the gate's choices."""
+        self._measure(batch, "test")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy and cost of the chosen route, or of the gate's choices."""
+        self._measure(batch, "val")
+
+    def _measure(self, batch: Batch, split: str) -> None:
         output = self(batch.image)
         self.top1(output.logits, batch.label)
         self.top5(output.logits, batch.label)
         self.mean_madds(output.madds.double())
-        self.log("test/top1", self.top1)
-        self.log("test/top5", self.top5)
-        self.log("test/madds", self.mean_madds)
+        self.log(f"{split}/top1", self.top1, prog_bar=True)
+        self.log(f"{split}/top5", self.top5)
+        self.log(f"{split}/madds", self.mean_madds)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One row for each image: index or file, label, score, route and MAdds."""
@@ -116,6 +171,54 @@ class NetModule(LightningModule):
         if META in checkpoint:
             self.evaluated().load_gate_state(checkpoint[META]["gate"])
             self.net.load_gate_state(checkpoint[META]["gate"])
+
+
+def check_data(net: DynamicNet, data: ImageData) -> None:
+    """Makes sure that a network fits its images and classes.
+
+    Raises:
+        UserError: another number of classes or of colours.
+    """
+    if data.class_names and data.num_classes != net.num_classes:
+        raise UserError(
+            f"the data have {data.num_classes} classes, the network {net.num_classes}",
+            where=str(data.hparams["root"] or data.source),
+            fix=f"choose other data, or train with --model.init_args.net "
+            f"'{{num_classes: {data.num_classes}}}'",
+        )
+    if data.channels != net.in_channels:
+        raise UserError(
+            f"the images have {data.channels} channels, the network takes {net.in_channels}",
+            fix=f"give --data.channels {net.in_channels}",
+        )
+
+
+def learning_rate_factor(
+    t: float, total: float, warmup: float, cooldown: float, start: float, floor: float
+) -> float:
+    """Linear warm-up from `start` to 1, cosine to `floor`, then constant: shares of the peak.
+
+    The cosine runs over [0, total - cooldown]; the warm-up hides its beginning, as in timm.
+    """
+    if t < warmup:
+        return start + (1 - start) * t / warmup
+    span = total - cooldown
+    if t >= span:
+        return floor
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t / span))
+
+
+def check_schedule(epochs: int | None, warmup: float, cooldown: float) -> None:
+    """Makes sure that a run has room for its schedule.
+
+    Raises:
+        UserError: warm-up and cooldown leave no epoch between them.
+    """
+    if epochs is not None and 0 <= epochs <= warmup + cooldown:
+        raise UserError(
+            f"{epochs} epochs have no room for {warmup:g} of warm-up and {cooldown:g} of cooldown",
+            fix="raise --trainer.max_epochs, or lower --model.init_args.warmup and cooldown",
+        )
 
 
 def parse_route(net: DynamicNet, route: str | int) -> int | str | None:

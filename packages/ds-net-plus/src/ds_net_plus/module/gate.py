@@ -1,16 +1,16 @@
 """Stage II as a Lightning module: the slimming head of a frozen supernet."""
 
 import logging
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import LambdaLR
 
+from ds_net_plus.checkpoint import load_net
 from ds_net_plus.data import Batch
 from ds_net_plus.losses import GateLoss
+from ds_net_plus.model import check_statistics, reset_gate, with_space
 from ds_net_plus.module.base import NetModule
 from ds_net_plus.steps import Stage2Output, gate_objective
 from tenfold.errors import UserError
@@ -35,6 +35,8 @@ class GateModule(NetModule):
         self,
         arch: str = "ds_cnn_tiny",
         net: dict[str, Any] | None = None,
+        init_from: str | None = None,
+        routing_space: list[int] | None = None,
         gate_loss: str = "value",
         estimator: str = "mixture",
         sgs: str = "try_best",
@@ -47,15 +49,24 @@ class GateModule(NetModule):
         optimizer: str = "adam",
         lr: float = 1e-2,
         weight_decay: float = 0.0,
+        warmup: float = 0.0,
+        cooldown: float = 0.0,
+        warmup_lr: float = 0.0,
+        min_lr: float = 0.0,
+        schedule: str = "step",
+        seed: int = 0,
         route: str = "dynamic",
         tau: float = 0.0,
         budget: float | None = None,
+        eval_gumbel: bool = False,
     ) -> None:
-        """Builds the network; the supernet's weights are loaded by the caller.
+        """Builds the network, with the supernet of a checkpoint where one is given.
 
         Args:
-            arch: a name of `create_model`.
-            net: constructor arguments that differ from the named configuration.
+            arch: a name of `create_model`; without meaning beside `init_from`.
+            net: constructor arguments that differ from the named configuration; likewise.
+            init_from: checkpoint of the supernet; without it the caller loads the weights.
+            routing_space: routes to choose from; the network's own if left out.
             gate_loss: "value" (one gate for every budget) or "sgs" (the paper's loss).
             estimator: gradient of the paper's loss: "mixture" or "mask".
             sgs: difficulty labels: "try_best", "give_up", "ladder" or "none".
@@ -66,19 +77,41 @@ class GateModule(NetModule):
             scale: MAdds that count as 1 in the complexity term; the widest route's if left out.
             smoothing: label smoothing.
             optimizer: "adam", or "sgd" (Nesterov 0.9, the official choice).
-            lr: peak learning rate, cosine to zero.
+            lr: peak learning rate.
             weight_decay: on the slimming head (official: 0.01).
+            warmup: epochs of linear warm-up from `warmup_lr`.
+            cooldown: epochs at `min_lr` in the end.
+            warmup_lr: learning rate at the start.
+            min_lr: learning rate at the end of the cosine.
+            schedule: "step" changes the rate after every step, "epoch" once an epoch (official).
+            seed: of the gate's initialisation from a checkpoint.
             route: what validate, test and predict run: "dynamic", "largest" or a route index.
             tau: price of compute in dynamic decisions.
             budget: target share of the widest route's MAdds instead of `tau`.
+            eval_gumbel: keep the Gumbel noise in dynamic decisions.
 
         Raises:
-            UserError: an option that does not exist.
+            UserError: an option that does not exist, or an unreadable checkpoint.
         """
-        super().__init__(arch, net, route, tau, budget)
-        self.save_hyperparameters()
         if optimizer not in ("adam", "sgd"):
             raise UserError(f"optimizer must be 'adam' or 'sgd', got {optimizer!r}")
+        if schedule not in ("epoch", "step"):
+            raise UserError(f"schedule must be 'epoch' or 'step', got {schedule!r}")
+        supernet = None if init_from is None else load_net(init_from)
+        if supernet is not None:
+            space = supernet.routing_space if routing_space is None else routing_space
+            supernet = with_space(supernet, space)
+            arch, net = supernet.name, supernet.config
+        super().__init__(arch, net, route, tau, budget, eval_gumbel)
+        self.save_hyperparameters()
+        # the checkpoint of this run has all that came from the supernet's
+        self.hparams.update(arch=arch, net=net, init_from=None)
+        if supernet is not None:
+            self.net.load_state_dict(supernet.state_dict())
+            self.net.routing_space = supernet.routing_space
+            reset_gate(self.net, seed)
+        elif routing_space is not None:
+            self.net.routing_space = routing_space
         self.net.requires_grad_(False).eval()
         for parameter in self.net.gate_parameters():
             parameter.requires_grad_(True)
@@ -94,16 +127,18 @@ class GateModule(NetModule):
         return self
 
     def configure_optimizers(self) -> Any:
-        """Adam or SGD over the slimming head, cosine to zero."""
+        """Adam or SGD over the slimming head."""
         h, parameters = self.hparams, self.net.gate_parameters()
         optimizer = (
             Adam(parameters, h["lr"], weight_decay=h["weight_decay"])
             if h["optimizer"] == "adam"
             else SGD(parameters, h["lr"], 0.9, weight_decay=h["weight_decay"], nesterov=True)
         )
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": h["schedule"]}]
+
+    def on_fit_start(self) -> None:
+        """Refuses a supernet that was never trained."""
+        check_statistics(self.net, self.net.routing_space)
 
     def on_train_start(self) -> None:
         """From here on the gate counts as trained."""
@@ -153,11 +188,3 @@ class GateModule(NetModule):
                 self._counts.tolist(),
             )
         self._counts.zero_()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Top-1 and mean MAdds of the gate's choices."""
-        output = self(batch.image)
-        self.top1(output.logits, batch.label)
-        self.mean_madds(output.madds.double())
-        self.log("val/top1", self.top1, prog_bar=True)
-        self.log("val/madds", self.mean_madds)

@@ -2,14 +2,13 @@
 
 import copy
 import logging
-import math
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from ds_net_plus.checkpoint import load_net
@@ -27,21 +26,6 @@ from tenfold.checkpoint import compare_keys, ema_decay
 from tenfold.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def learning_rate_factor(
-    t: float, total: float, warmup: float, cooldown: float, start: float, floor: float
-) -> float:
-    """Linear warm-up from `start` to 1, cosine to `floor`, then constant: shares of the peak.
-
-    The cosine runs over [0, total - cooldown]; the warm-up hides its beginning, as in timm.
-    """
-    if t < warmup:
-        return start + (1 - start) * t / warmup
-    span = total - cooldown
-    if t >= span:
-        return floor
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t / span))
 
 
 def start_from(net: DynamicNet, path: str) -> None:
@@ -87,6 +71,7 @@ class SupernetModule(NetModule):
         route: str = "dynamic",
         tau: float = 0.0,
         budget: float | None = None,
+        eval_gumbel: bool = False,
     ) -> None:
         """Builds student and teacher.
 
@@ -114,11 +99,12 @@ class SupernetModule(NetModule):
             route: what validate, test and predict run: "dynamic", "largest" or a route index.
             tau: price of compute in dynamic decisions.
             budget: target share of the widest route's MAdds instead of `tau`.
+            eval_gumbel: keep the Gumbel noise in dynamic decisions.
 
         Raises:
             UserError: an option that does not exist.
         """
-        super().__init__(arch, net, route, tau, budget)
+        super().__init__(arch, net, route, tau, budget, eval_gumbel)
         self.save_hyperparameters()
         for name, value, allowed in (
             ("distill", distill, DISTILL_MODES),
@@ -164,30 +150,14 @@ class SupernetModule(NetModule):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = SGD(groups, h["lr"], h["momentum"], nesterov=h["momentum"] > 0)
-        per_epoch = self._steps() / self.trainer.max_epochs if self.trainer.max_epochs else 1.0
-        unit = 1.0 if h["schedule"] == "epoch" else per_epoch
-
-        def factor(t: int) -> float:
-            return learning_rate_factor(
-                t / unit,
-                self._steps() / per_epoch,
-                h["warmup"],
-                h["cooldown"],
-                h["warmup_lr"] / h["lr"],
-                h["min_lr"] / h["lr"],
-            )
-
-        return [optimizer], [LambdaLR(optimizer, factor)]
-
-    def _steps(self) -> int:
-        return max(1, int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [self.scheduler(optimizer)]
 
     def on_train_start(self) -> None:
         """Warns of a teacher that never leaves its initial weights."""
         self._student_state = dict(self.net.state_dict())
         self._teacher_state = dict(self.teacher.state_dict())
         kept = 1.0
-        for step in range(self._steps()):
+        for step in range(self.steps()):
             kept *= self._decay(step)
             if kept < 0.5:
                 return
@@ -219,7 +189,7 @@ class SupernetModule(NetModule):
             distill=h["distill"],
             ensemble=h["ensemble"],
             smoothing=h["smoothing"],
-            progress=step / self._steps(),
+            progress=step / self.steps(),
             backward=self.manual_backward,
             no_sync=getattr(self.trainer.strategy, "block_backward_sync", nullcontext),
         )
@@ -244,7 +214,14 @@ class SupernetModule(NetModule):
             raise RuntimeError(f"ranks sampled different routes; rank {self.global_rank}: {routes}")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Top-1 of the watched routes, the front run once for all of them."""
+        """Top-1 of the watched routes, the front run once for all of them.
+
+        The command `validate` measures the chosen route, or a trained gate, instead.
+        """
+        asked = self.route is not None or bool(self.evaluated().gate_trained)
+        if asked and self.trainer.state.fn == TrainerFn.VALIDATING:
+            super().validation_step(batch, batch_idx)
+            return
         net = self.evaluated()
         features = net.front(batch.image).features
         for route in self.watched_routes():
