@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "results"
 
 
 class Results:
-    """A JSON file of runs by key; a finished run is never done again."""
+    """A JSON file of runs by key, and the machine of each; a finished run is never done again."""
 
     def __init__(self, kind: str, name: str, folder: Path = FOLDER) -> None:
         """Opens folder/<kind>/<name>.json, or begins it."""
@@ -33,18 +33,27 @@ class Results:
         """The result of `work`, done now unless the file has it; written at once."""
         if key not in self.runs:
             self.runs[key] = work()
+            self.content.setdefault("machines", {})[key] = _machine()
             self.write()
         return self.runs[key]
 
     def write(self) -> None:
         """Writes the file, complete or not at all; runs that others added meanwhile stay."""
         if self.path.is_file():
-            theirs = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
-            self.content["runs"] = theirs | self.runs
+            theirs = json.loads(self.path.read_text(encoding="utf-8"))
+            for part in ("runs", "machines"):
+                self.content[part] = theirs.get(part, {}) | self.content.get(part, {})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.content, indent=1, sort_keys=True) + "\n"
         with atomic_file(self.path) as file:
             file.write(text.encode())
+
+
+def _machine() -> str:
+    """Where a run was made, in a line."""
+    here = report()
+    versions = f"torch {here['versions']['torch']}, lightning {here['versions']['lightning']}"
+    return f"{here['cpu']}, {here['simd']}, {here['cores']} cores, {versions}"
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

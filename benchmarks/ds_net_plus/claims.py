@@ -197,7 +197,7 @@ def cifar_run() -> dict[str, Any]:
     for command in commands:
         status = app.main(command)
         if status:
-            raise RuntimeError(f"{command} ended with {status}")
+            raise SystemExit(status)
         seconds.append(time.time() - start)
     return cifar_values(folder / "last-recalibrated-gate.ckpt") | {"seconds": seconds}
 

@@ -275,6 +275,38 @@ def test_optimizer_steps_over_several_batches(tmp_path, reference):
     assert lr[0] == lr[1]
 
 
+class Pairs(Data):
+    """Two loaders side by side, as unpaired data come."""
+
+    def train_dataloader(self):
+        return {"a": super().train_dataloader(), "b": super().train_dataloader()}
+
+
+class Paired(TwoPasses):
+    """Trains on the first of two loaders, and remembers what both gave."""
+
+    def training_step(self, batch, batch_idx):
+        first = super().training_step(batch["a"], batch_idx)
+        self.trained[-1] += (batch["b"][2].tolist(),)
+        return first
+
+
+def test_several_loaders_resume_where_they_were(tmp_path):
+    lives = [Paired() for _ in range(3)]
+    whole, cut, resumed = lives
+    for module, folder, *extra in (
+        (whole, "whole"),
+        (cut, "cut", Cut("on_train_batch_start", 4, "kill")),
+        (resumed, "cut"),
+    ):
+        with contextlib.suppress(Killed):
+            fit(tmp_path / folder, module, *extra, data=Pairs(batch_size=BATCH, seed=3))
+    assert len(resumed.trained) < len(whole.trained)
+    assert resumed.trained == whole.trained[-len(resumed.trained) :]
+    assert cut.trained == whole.trained[: len(cut.trained)]
+    assert_same(bits(resumed), bits(whole))
+
+
 def test_a_run_bounded_by_steps(tmp_path, reference):
     options = {"max_steps": 13, "max_epochs": -1, "num_sanity_val_steps": 0}
     module, wanted = reference(TwoPasses, **options)

@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 
+from tenfold.testing import quiet_trainer
+from tenfold.training import CLASSES, Resumable
 from tenfold.verbs import plan_run
 
 
@@ -15,6 +17,12 @@ def results(folder) -> dict[str, float]:
     """The last row of a metrics.csv."""
     *_, row = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
     return {key: float(value) for key, value in row.items() if value}
+
+
+def table_row(folder, **values) -> str:
+    """A row of a metrics.csv, with a loss of 1."""
+    header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    return ",".join(str({"loss": 1, **values}.get(key, "")) for key in header) + "\n"
 
 
 def test_fit_writes_its_config_and_test_needs_no_more_than_the_checkpoint(run, tmp_path, capfd):
@@ -82,6 +90,8 @@ def test_a_signal_saves_and_resume_goes_on(run, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("TOY_SIGNAL_AT")
     folder = tmp_path / "runs" / "tenfold" / "demo"
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 3
+    with (folder / "metrics.csv").open("a") as table:  # as after SIGKILL some steps later
+        table.write(table_row(folder, step=3) + table_row(folder, step=4))
     assert run(f"{line} --resume auto") == 0
     resumed = torch.load(folder / "last.ckpt", weights_only=True)
     assert resumed["global_step"] == 5
@@ -97,6 +107,33 @@ def test_a_signal_saves_and_resume_goes_on(run, tmp_path, monkeypatch, capfd):
     # a run that is named by its folder goes on with its own config
     assert run("fit --resume runs/tenfold/demo --trainer.max_steps 6") == 0
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_scheduler_that_ends_an_evaluation_is_told_so(run, monkeypatch, capsys, verb):
+    assert run("fit --config demo") == 0
+    monkeypatch.setenv("TOY_TERMINATE", "1")
+    assert run(f"{verb} --ckpt runs/tenfold/demo/last.ckpt") == 130
+    assert "SIGTERM" in capsys.readouterr().err
+
+
+def test_the_config_lies_in_the_run_whatever_the_logger(run, tmp_path):
+    assert run("fit --config demo --trainer.logger true") == 0
+    assert run("fit --config demo --trainer.logger true") == 0
+    runs = tmp_path / "runs" / "tenfold"
+    for folder in ("demo", "demo-2"):
+        assert {"config.yaml", "last.ckpt"} <= {p.name for p in (runs / folder).iterdir()}
+
+
+def test_a_checkpoint_made_in_python_names_its_classes(run, tmp_path, toy_root):
+    from toy.data import Rows
+    from toy.module import Deep
+
+    trainer = quiet_trainer(tmp_path, callbacks=[Resumable()], max_epochs=1)
+    trainer.fit(Deep(width=4), datamodule=Rows(rows=6))
+    assert run("test --ckpt last.ckpt --trainer.accelerator cpu") == 0
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state[CLASSES] == {"model": "toy.module.Deep", "data": "toy.data.Rows"}
 
 
 def test_ctrl_c_that_lightning_swallows_is_130(run, monkeypatch, capsys):
@@ -155,6 +192,8 @@ def test_any_module_can_be_named(run, tmp_path):
         ("--config", "argument -c/--config: expected one argument: see tenfold fit --help"),
         ("--model Line", "--model: the following arguments are required: width: see tenfold"),
         ("--model.width 3 --trainer.accelerator foo", "You selected an invalid accelerator name"),
+        ("--config demo --seed_everything -1", "--seed_everything: -1 is not in bounds"),
+        ("--config demo --trainer.default_root_dir /dev/null/x", "cannot write into the folder"),
         ("--ckpt nope.ckpt", "no such checkpoint (nope.ckpt)"),
         ("--ckpt broken.ckpt", ""),
         ("--ckpt weights.pt", "weights, but not a checkpoint of fit (weights.pt)"),
@@ -173,7 +212,7 @@ def test_bad_input_of_a_verb_is_told_in_one_line(error_line, tmp_path, argv, lin
 def test_a_checkpoint_of_another_width_is_told_in_one_line(run, error_line):
     assert run("fit --config demo") == 0
     line = error_line("test --config demo --ckpt auto --model.width 7")
-    assert line.startswith("the checkpoint is of another model: ")
+    assert line.startswith("the checkpoint is of another model or optimizer: ")
     assert "size mismatch for layer.weight" in line
     assert "no run has saved a checkpoint yet" in error_line("test --ckpt auto")
 

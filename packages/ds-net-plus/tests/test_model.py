@@ -64,7 +64,9 @@ def test_tiny_cnn_costs_are_those_of_the_spec():
     assert [round(r.madds / 1e6, 3) for r in create_model("ds_cnn_tiny").routes] == [
         0.246, 0.429, 0.716, 1.107,
     ]  # fmt: skip
-    assert round(create_model("ds_cnn_wide", image_size=64).routes[-1].madds / 1e6, 1) == 55.5
+    widths = ((24, 48, 72, 96), (48, 96, 144, 192))
+    wide = create_model("ds_cnn_wide", stage_widths=widths, image_size=64)
+    assert round(wide.routes[-1].madds / 1e6, 1) == 55.5
 
 
 def test_params_of_a_route_are_those_of_its_plain_network(tiny_mbnet):

@@ -100,7 +100,7 @@ def test_logits_that_are_not_finite_are_named(trained, data, tmp_path):
     module.route = 1
     module.teacher.classifier.bias.data.fill_(float("nan"))
     trainer = make_trainer(tmp_path, epochs=1, progress=False)
-    with pytest.raises(UserError, match="class logits are not finite .image 0"):
+    with pytest.raises(UserError, match=r"class logits are not finite \(image 0\)"):
         trainer.test(module, datamodule=data, verbose=False)
 
 

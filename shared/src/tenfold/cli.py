@@ -111,7 +111,10 @@ class App:
 
             return run_verb(self, command, rest)
         elif command == "recipes" and self.model:
-            self.print_recipes(*rest)
+            if {"-h", "--help"} & {*rest}:
+                print(f"usage: {self.name} recipes [NAME ...]\n\n{RECIPES}")
+            else:
+                self.print_recipes(*rest)
         else:
             close = difflib.get_close_matches(command, self.table(), n=1)
             fix = f"did you mean {close[0]}?" if close else f"see {self.name} --help"
@@ -168,6 +171,8 @@ def exit_status(error: BaseException) -> int:
     """Tell the person about an exception; 2 for their input, 130 for a signal, 1 for our bug."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
         error = error.__context__  # Lightning exits with 1 on Ctrl-C
+    if type(error).__name__ == "SIGTERMException":  # Lightning's, a SystemExit without a code
+        error = KeyboardInterrupt("interrupted by SIGTERM")
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -29,7 +29,7 @@ from tenfold.training import item_rng, mix, seed_cpu
 log = logging.getLogger(__name__)
 
 _BAD = (UserError, OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error)
-"""What a broken file raises; anything else is a bug and keeps its traceback."""
+"""What a broken file raises."""
 
 _TRIES = 16
 """Neighbours tried in place of an unreadable training item before giving up."""
@@ -122,8 +122,16 @@ _Fetched = tuple[Any, list[BadItem]]
 class _Items(Dataset[Any]):
     """A data set inside a worker: seeds every item by its key and catches unusable ones."""
 
-    def __init__(self, dataset: Any, seed: int, replace: bool, bad: BadItems) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        replace: bool,
+        bad: BadItems,
+        errors: tuple[type[Exception], ...],
+    ) -> None:
         self.dataset, self.seed, self.replace, self.bad = dataset, seed, replace, bad
+        self.errors = errors
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -143,7 +151,7 @@ class _Items(Dataset[Any]):
             seed_cpu(mix(self.seed, *at))
             try:
                 return [self.dataset[at]]
-            except _BAD as error:
+            except self.errors as error:
                 reason = str(error) if isinstance(error, UserError) else repr(error)
                 bad.append(BadItem(at.index, reason, traceback.format_exc()))
         return []
@@ -341,6 +349,14 @@ class ImageItems(Dataset[ImageItem]):
             return ImageItem(self.transform(image), label, draw.index)
 
 
+def _has(loaders: Any, loader: Loader) -> bool:
+    """Whether a loader is among those of a trainer: one, or several in a mapping or sequence."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    several = isinstance(loaders, list | tuple)
+    return any(_has(each, loader) for each in loaders) if several else loaders is loader
+
+
 def _quiet_worker(_: int) -> None:
     """Ctrl-C reaches the whole process group: the main process decides when workers stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -369,6 +385,10 @@ class DataModule(LightningDataModule):
         pin_memory: page-locked batches; if left out, when training runs on CUDA.
     """
 
+    unusable: ClassVar[tuple[type[Exception], ...]] = _BAD
+    """What an item raises that cannot be used; anything else is a bug and keeps its traceback. A
+    package whose decoder raises other exceptions adds them."""
+
     def __init__(
         self,
         batch_size: int = 64,
@@ -379,8 +399,9 @@ class DataModule(LightningDataModule):
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or workers < 0:
-            raise UserError(f"batch_size {batch_size} must be >= 1 and workers {workers} >= 0")
+        if min(batch_size, eval_batch_size or 1) < 1 or workers < 0:
+            given = f"batch_size {batch_size}, eval_batch_size {eval_batch_size}, workers {workers}"
+            raise UserError(f"batches need at least one item, and workers be 0 or more: {given}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.workers, self.seed, self.on_bad_item = workers, seed, on_bad_item
@@ -420,8 +441,12 @@ class DataModule(LightningDataModule):
         loader = self._loader("train", dataset, self.batch_size, sampler)
 
         def start() -> int:
-            # the position is the trainer's only for the loader that it trains from
-            if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
+            # the position is the trainer's only for a loader that it trains from
+            if (
+                trainer is None
+                or not trainer.training
+                or not _has(trainer.train_dataloader, loader)
+            ):
                 return 0
             return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
@@ -465,7 +490,7 @@ class DataModule(LightningDataModule):
             pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         bad = self.bad_items[split] = BadItems(split, len(dataset), self.on_bad_item == "skip")
         loader = Loader(
-            _Items(dataset, self.seed, bad.skip and sampler is not None, bad),
+            _Items(dataset, self.seed, bad.skip and sampler is not None, bad, self.unusable),
             batch_size=batch_size,
             sampler=sampler,
             drop_last=sampler is not None and len(sampler) >= batch_size,

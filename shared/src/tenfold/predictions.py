@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
 class PredictionTable(Callback):
     """Writes the rows that `predict_step` returns, a list of dictionaries, batch by batch.
 
-    Several ranks write a file each: predictions.csv, predictions-1.csv, ... Batches of another
-    kind are left to other callbacks.
+    Several ranks write a file each: predictions.csv, predictions-1.csv, ... Predictions of another
+    kind, such as images, are for the module to write; it says so where nothing was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,6 +43,8 @@ class PredictionTable(Callback):
             writer.writerows(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells where the table is."""
+        """Tells where the table is, or that there is none."""
         if self.path is not None:
             rank_zero_info(f"wrote {self.path}")
+        elif not self.folder.is_dir():
+            rank_zero_warn("predict_step returned no rows (a list of dicts): nothing was written")

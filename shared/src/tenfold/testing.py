@@ -43,18 +43,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tenfold.checkpoint import load_state
-from tenfold.cli import App, load
+from tenfold.cli import VERBS, App, load
 from tenfold.data import DataModule
 from tenfold.training import LAST, Interrupted, Resumable, StepSeed, resume_path, seed_cpu
 
-
-def limit_threads() -> None:
-    """One torch thread a process under pytest-xdist, whose workers share the cores already.
-
-    For conftests to call at import.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false")
+"""Options of a verb that keep a test on one CPU, whatever the machine has."""
 
 
 def needs_cuda(test: Any) -> Any:
@@ -72,7 +66,9 @@ class PackageContract:
         cli: the package's `tenfold.cli.App`, as "module:attribute".
         modules: methods that build a LightningModule, one for each training stage; the first is
             the app's default model.
-        parameter_counts: recipe -> number of parameters of its network, as the paper has it.
+        parameter_counts: recipe -> number of parameters of its network, as the paper has it. The
+            network is built on the meta device: constructors make it from a configuration, and
+            load weights later.
         bad_inputs: rows of (argv, what the message says); they run in the folder that
             `prepare_bad_inputs` has filled.
         steps: on one batch, that must take its loss to `falls_to` of what it was.
@@ -80,6 +76,7 @@ class PackageContract:
         bf16_tolerance: of the loss under autocast, relative.
         cuda_tolerance: of the loss on a GPU, relative; TF32 and other kernels, and where a loss is
             sampled, another generator.
+        fit_options: options of `fit` that make the recipe demo tiny, such as a small data set.
         ddp: options of DistributedDataParallel, such as find_unused_parameters.
     """
 
@@ -91,6 +88,7 @@ class PackageContract:
     falls_to: ClassVar[float] = 0.8
     bf16_tolerance: ClassVar[float] = 0.02
     cuda_tolerance: ClassVar[float] = 0.01
+    fit_options: ClassVar[Sequence[str]] = ()
     ddp: ClassVar[Mapping[str, Any]] = {}
 
     pytestmark = pytest.mark.filterwarnings("ignore")
@@ -191,13 +189,24 @@ class PackageContract:
         wrong = differences(theirs, mine)
         assert not wrong, f"predictions of {name} differ after loading: {wrong}"
 
-    def test_predict_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`predict --ckpt FILE` needs nothing else."""
+    def test_predict_command(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`predict --ckpt FILE` needs nothing else, and leaves files."""
         monkeypatch.chdir(tmp_path)
-        checkpoint = self.finished(self.modules[0])[0] / LAST
-        quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
-        status = self.app.main(["predict", "--ckpt", str(checkpoint), *quiet])
+        checkpoint = self.finished(name)[0] / LAST
+        status = self.app.main(["predict", "--ckpt", str(checkpoint), *CPU])
         assert status == 0, f"predict --ckpt ended with status {status}, see stderr"
+        assert [*tmp_path.glob("runs/*/*/predict/*")], "predict left no file"
+
+    def test_fit_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`fit` alone trains the demo's recipe, and module and data may have seeds of their own."""
+        if not self.app.model:
+            pytest.skip("the package has no fit")
+        monkeypatch.chdir(tmp_path)
+        status = self.app.main(["fit", "--trainer.max_steps=2", *CPU, *self.fit_options])
+        assert status == 0, f"fit ended with status {status}, see stderr"
+        assert [*tmp_path.glob(f"runs/*/*/{LAST}")], "fit left no checkpoint"
 
     def test_export(self) -> None:
         """What torch.export makes of the inference path computes the same."""
@@ -255,7 +264,8 @@ class PackageContract:
         """What a person gets wrong is told in one line, with exit status 2."""
         monkeypatch.chdir(tmp_path)
         self.prepare_bad_inputs(tmp_path)
-        status = self.app.main(list(argv))
+        verb = argv[0] in VERBS and not any("nosuch" in word for word in argv)
+        status = self.app.main([*argv, *(CPU if verb else ())])
         told = capsys.readouterr().err
         what = f"{' '.join(argv)} ended with status {status} and said:\n{told}"
         assert status == 2, what
@@ -471,6 +481,11 @@ def _call(file: str, contract: str, method: str, *arguments: Any) -> None:
 # ------------------------------------------------------------------------------------- comparing
 
 
+_NOISE = 1e-12
+"""Share of a tree's largest number below which a difference is rounding: the gradient of a bias in
+front of a softmax is zero in theory, and a few last bits of the others in practice."""
+
+
 def differences(left: Any, right: Any, tolerance: float = 0.0) -> str:
     """Where two trees differ, the first places; numbers may by a share of a tensor's largest.
 
@@ -481,10 +496,13 @@ def differences(left: Any, right: Any, tolerance: float = 0.0) -> str:
     """
     mine, theirs = dict(leaves(left)), dict(leaves(right))
     wrong = [f"{path} (in one of them)" for path in mine.keys() ^ theirs.keys()]
+    tensors = [x for x in theirs.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    largest = max((float(x.abs().max()) for x in tensors if x.numel()), default=0.0)
+    floor = _NOISE * largest if tolerance else 0.0
     wrong += [
         f"{path} ({difference})"
         for path in mine.keys() & theirs.keys()
-        if (difference := _difference(mine[path], theirs[path], tolerance))
+        if (difference := _difference(mine[path], theirs[path], tolerance, floor))
     ]
     return ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
@@ -502,7 +520,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
-def _difference(left: Any, right: Any, tolerance: float) -> str:
+def _difference(left: Any, right: Any, tolerance: float, floor: float) -> str:
     if not (isinstance(left, float | Tensor) and isinstance(right, float | Tensor)):
         return "" if left == right else f"{left!r:.40}, {right!r:.40}"
     one, other = torch.as_tensor(left), torch.as_tensor(right)
@@ -511,5 +529,5 @@ def _difference(left: Any, right: Any, tolerance: float) -> str:
     if torch.equal(one, other):
         return ""
     apart, largest = (x.abs().max().item() for x in (one.double() - other, other.double()))
-    close = one.is_floating_point() and apart <= tolerance * largest
+    close = one.is_floating_point() and apart <= max(tolerance * largest, floor)
     return "" if close else f"by {apart:.2g} of {largest:.2g}"

@@ -163,12 +163,14 @@ class Interrupted(BaseException):
 
 
 LAST = "last.ckpt"
+CLASSES = "tenfold_classes"
+"""Key of a checkpoint: the class paths of "model" and "data", for the command line."""
 
 
 def resume_path(directory: str | Path) -> Path | None:
     """The checkpoint to hand to `trainer.fit(ckpt_path=...)`, None if there is none yet."""
     path = Path(directory) / LAST
-    return path if path.is_file() else None
+    return path if path.exists() else None  # sharded strategies make it a folder
 
 
 _Form = Literal["between batches", "before validation"] | None
@@ -245,6 +247,14 @@ class Resumable(Callback):
         saved = self._running and self._saved == (trainer.global_step, "before validation")
         if saved and self._signum is not None and trainer.world_size == 1:
             raise self._interrupted(trainer, self._signum)
+        self.on_test_batch_end(trainer)
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Ends an evaluation after SIGTERM, which Lightning only takes note of."""
+        if not self._running and trainer.received_sigterm:
+            raise Interrupted(signal.SIGTERM, trainer.global_step, None)
+
+    on_predict_batch_end = on_test_batch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the final state; to resume from it does nothing."""
@@ -263,7 +273,16 @@ class Resumable(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Writes the counters as Lightning's restart wants to find them (in own saves only)."""
+        """Names the classes; writes the counters as Lightning's restart wants to find them.
+
+        The counters in own saves only.
+        """
+        data = getattr(trainer, "datamodule", None)
+        checkpoint[CLASSES] = {
+            key: f"{type(part).__module__}.{type(part).__qualname__}"
+            for key, part in (("model", pl_module), ("data", data))
+            if part is not None
+        }
         if self._form == "between batches":
             _end_of_last_batch(checkpoint["loops"]["fit_loop"])
         elif self._form == "before validation":

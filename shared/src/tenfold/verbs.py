@@ -7,7 +7,10 @@ and callbacks that every run has. `tenfold.cli` imports this file when one of th
 from __future__ import annotations
 
 import argparse
+import csv
+import inspect
 import json
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -29,7 +32,7 @@ from tenfold.cli import VERBS, App, cause, load, parse_error, underscored
 from tenfold.errors import UserError
 from tenfold.predictions import PredictionTable
 from tenfold.progress import PlainProgress, on_terminal
-from tenfold.training import LAST, Resumable, StepSeed, StopOnBadLoss, resume_path
+from tenfold.training import CLASSES, LAST, Resumable, StepSeed, StopOnBadLoss, resume_path
 
 CONFIG = "config.yaml"
 DEFAULT = "demo"  # the recipe of a fit that names none
@@ -58,6 +61,7 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
     """
     try:
         run = plan_run(app, verb, argv)
+        check_folder(run.folder)
         cli = VerbCLI(app, verb, run)
         options = {"return_predictions": False} if verb == "predict" else {}
         rank_zero_info(f"{verb}: files go to {run.folder}")
@@ -67,12 +71,27 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
         raise parse_error(error, f"{app.name} {verb}") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        if "is not in bounds" in str(error):  # Lightning's words on a seed
+            raise UserError(f"--seed_everything: {error}") from error
+        of_another = ("loading state_dict", "loaded state dict")  # torch's words: model, optimizer
+        if not any(words in str(error) for words in of_another):
             raise
         what = textwrap.shorten(str(error), 300)
-        raise UserError("the checkpoint is of another model", fix=what) from error
+        raise UserError("the checkpoint is of another model or optimizer", fix=what) from error
     return 0
+
+
+def check_folder(folder: Path) -> None:
+    """Makes sure that a run can write where it wants to.
+
+    Raises:
+        UserError: the folder cannot be made, or not be written to.
+    """
+    there = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        fix = "choose another --trainer.default_root_dir"
+        raise UserError("cannot write into the folder of the run", where=str(folder), fix=fix)
 
 
 def plan_run(app: App, verb: str, argv: list[str]) -> Run:
@@ -89,7 +108,7 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
     names = ["--ckpt", "--ckpt_path", *(["--resume"] if verb == "fit" else [])]
     options.add_argument(*names, dest="checkpoint")
     for short in app.shortcuts:
-        options.add_argument(f"--{short}")
+        options.add_argument(f"--{short.replace('-', '_')}")
     typed, flags = options.parse_known_args(underscored(argv))
     for part, target in {"--model.help": app.model, "--data.help": app.datamodule}.items():
         if target and flags[-1:] == [part]:  # alone it would explain LightningModule itself
@@ -104,7 +123,7 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
     recipes = recipes or default
     saved = _saved_arguments(app, checkpoint) if checkpoint else {}
     configs = [saved.get("data"), *recipes, saved.get("model")]
-    short = {long: getattr(typed, short) for short, long in app.shortcuts.items()}
+    short = {long: getattr(typed, short.replace("-", "_")) for short, long in app.shortcuts.items()}
     argv = [f"--config={config}" for config in configs if config]
     argv += [f"--trainer.default_root_dir={folder}"]
     argv += [f"--model={typed.model}"] if typed.model else []
@@ -143,7 +162,7 @@ def _folder_and_checkpoint(
 def _used(base: Path) -> list[Path]:
     """The folders base, base-2, base-3, ... that hold a run: a new one never writes over it."""
     numbered = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
-    return list(takewhile(lambda folder: (folder / CONFIG).is_file(), numbered))
+    return list(takewhile(lambda f: (f / CONFIG).is_file() or resume_path(f), numbered))
 
 
 def _folder_in(recipes: Iterable[Path]) -> str | None:
@@ -169,12 +188,36 @@ def _saved_arguments(app: App, checkpoint: Path) -> dict[str, str]:
         ("data", "datamodule_hyper_parameters", app.datamodule),
     ):
         arguments = {k: v for k, v in state.get(key, {}).items() if k != "_instantiator"}
-        # absent in a checkpoint of a module that was made in Python
-        class_path = arguments.pop("_class_path", (default or "").replace(":", "."))
+        # without _class_path it is of a module that was made in Python
+        default = state.get(CLASSES, {}).get(part, (default or "").replace(":", "."))
+        class_path = arguments.pop("_class_path", default)
         if key in state and class_path:
-            spec = {"class_path": class_path, "init_args": arguments}
+            spec = {"class_path": class_path, "init_args": _accepted(class_path, arguments)}
             found[part] = json.dumps({part: spec}, default=str)
     return found
+
+
+def _accepted(class_path: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the saved arguments that the class takes; its parents may have saved more."""
+    parameters = inspect.signature(load(":".join(class_path.rsplit(".", 1)))).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {key: value for key, value in arguments.items() if key in parameters}
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the full configuration into the run's folder, wherever the logger writes."""
+
+    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called on the first rank alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, self.folder / CONFIG, skip_none=False, overwrite=True, multifile=False
+        )
 
 
 class VerbCLI(LightningCLI):
@@ -193,8 +236,8 @@ class VerbCLI(LightningCLI):
             datamodule_class=LightningDataModule if app.datamodule else None,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=SaveConfigCallback if verb == "fit" else None,
-            save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
+            save_config_callback=RunConfig if verb == "fit" else None,
+            save_config_kwargs={"folder": run.folder, "save_to_log_dir": False},
             seed_everything_default=0,
             parser_kwargs={
                 "prog": f"{app.name} {verb}",
@@ -274,14 +317,24 @@ def run_loggers(folder: Path, verb: str = "fit", checkpoint: Path | None = None)
     if verb != "fit":
         return [table]
     if checkpoint:
-        _keep_rows(table, folder / "metrics.csv")
+        _keep_rows(table, folder / "metrics.csv", checkpoint)
     return [table, TensorBoardLogger(**where)]
 
 
 @rank_zero_only
-def _keep_rows(logger: CSVLogger, file: Path) -> None:
-    if file.is_file():
-        rows = file.read_text(encoding="utf-8")
-        header = rows.partition("\n")[0]
-        logger.experiment.metrics_keys = header.split(",")  # making an experiment deletes the file
-        file.write_text(rows, encoding="utf-8")
+def _keep_rows(logger: CSVLogger, file: Path, checkpoint: Path) -> None:
+    """Continues a table behind the step of the checkpoint: what came later is done again."""
+    if not (file.is_file() and checkpoint.is_file()):
+        return
+    with file.open(newline="", encoding="utf-8") as old:
+        rows = list(csv.DictReader(old))
+    state = load_state(checkpoint)
+    loop = state["loops"]["fit_loop"]["epoch_loop.state_dict"]
+    # rows are numbered by batches that stepped, of which several optimizers make several steps
+    done = min(int(state["global_step"]), int(loop["_batches_that_stepped"]) + 1)
+    experiment = logger.experiment  # making it deletes the file
+    experiment.metrics_keys = list(rows[0]) if rows else []
+    with file.open("w", newline="", encoding="utf-8") as new:
+        table = csv.DictWriter(new, experiment.metrics_keys)
+        table.writeheader()
+        table.writerows(row for row in rows if int(row["step"]) < done)

@@ -1,11 +1,13 @@
 """Grouped execution on materialised routes: the fast way to run a trained network."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ds_net_plus.fused import fuse
 from ds_net_plus.model import (
     LARGEST,
     DynamicNet,
@@ -46,8 +48,13 @@ def fast_route(net: DynamicNet, route: RouteLike) -> nn.Module:
     plain = PlainRoute(
         ChunkedFront(net.materialize_front(largest=route == LARGEST)), net.materialize_rest(route)
     )
-    plain = plain.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return plain.eval().requires_grad_(False)
+    return prepare(plain)
+
+
+def prepare(module: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> Any:
+    """A plain network for inference: frozen, in that memory format, its layers fused on a CPU."""
+    module = module.to(memory_format=memory_format).requires_grad_(False).eval()  # pyright: ignore[reportCallIssue]
+    return fuse(module)
 
 
 class DynamicRunner:
@@ -92,15 +99,16 @@ class DynamicRunner:
                 fix=f"choose from {list(model.routing_space)}",
             )
         check_statistics(model, self.routes)
-        prepare = self._prepare
-        self.front = ChunkedFront(prepare(model.materialize_front(), compile))
+        self.front = ChunkedFront(self._ready(model.materialize_front(), compile))
         self.rests = {
-            route: prepare(model.materialize_rest(route), compile) for route in self.routes
+            route: self._ready(model.materialize_rest(route), compile) for route in self.routes
         }
 
-    def _prepare(self, module: nn.Module, compile: bool) -> nn.Module:
+    def _ready(self, module: nn.Module, compile: bool) -> Any:
+        if not compile:
+            return prepare(module, self.memory_format)
         module = module.to(memory_format=self.memory_format).requires_grad_(False).eval()  # pyright: ignore[reportCallIssue]
-        return torch.compile(module, dynamic=False) if compile else module  # pyright: ignore[reportReturnType]
+        return torch.compile(module, dynamic=False)  # fuses by itself
 
     @torch.inference_mode()
     def __call__(self, x: Float[Tensor, "batch colours height width"]) -> DynamicOutput:

@@ -10,6 +10,7 @@ from ds_net_plus.model.mobilenet import DSMobileNet
 from tenfold.errors import UserError
 
 _QUARTERS_96 = ((24, 48, 72, 96), (48, 96, 144, 192))
+_QUARTERS_128 = ((32, 64, 96, 128), (64, 128, 192, 256))
 
 MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
     "ds_mbnet": (DSMobileNet, {}),
@@ -18,7 +19,7 @@ MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
         {"num_classes": 10, "stem_stride": 1, "strides": (1, 1, 2, 2, 2), "image_size": 32},
     ),
     "ds_cnn_tiny": (DSConvNet, {}),
-    "ds_cnn_wide": (DSConvNet, {"stage_widths": _QUARTERS_96, "image_size": 48}),
+    "ds_cnn_wide": (DSConvNet, {"stage_widths": _QUARTERS_128, "image_size": 48}),
     "ds_cnn_cifar": (
         DSConvNet,
         {

@@ -142,7 +142,7 @@ class NetModule(LightningModule):
         output = self(batch.image)
         self.top1(output.logits, batch.label)
         self.top5(output.logits, batch.label)
-        self.mean_madds(output.madds.double())
+        self.mean_madds(output.madds.float())
         self.log(f"{split}/top1", self.top1, prog_bar=True)
         self.log(f"{split}/top5", self.top5)
         self.log(f"{split}/madds", self.mean_madds)
