@@ -46,8 +46,9 @@ def randomize_net(net: DynamicNet, seed: int = 0) -> DynamicNet:
             for bn in layer.aux_bn:
                 bn.running_mean.normal_(0, 0.3, generator=generator)
                 bn.running_var.uniform_(0.5, 1.5, generator=generator)
-            nn.init.uniform_(layer.aux_bn[-1].weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(layer.aux_bn[-1].bias, 0, 0.2, generator=generator)
+            if layer.aux_bn[-1].affine:
+                nn.init.uniform_(layer.aux_bn[-1].weight, 0.5, 1.5, generator=generator)
+                nn.init.normal_(layer.aux_bn[-1].bias, 0, 0.2, generator=generator)
     head = net.gate_parameters()[-1]
     nn.init.normal_(head, 0, 1.0, generator=generator)
     return net.eval()

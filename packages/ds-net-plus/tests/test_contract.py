@@ -43,9 +43,9 @@ class TestContract(PackageContract):
         "cifar10-transfer": MBNET - 990 * CLASS,
         "cifar100": MBNET - 900 * CLASS,
         "cifar100-transfer": MBNET - 900 * CLASS,
-        "demo": cnn_parameters(1, [8, 8], [128, 256], 32),
+        "demo": cnn_parameters(1, [8, 8], [128, 256], 128),
         "glyph-mix": cnn_parameters(1, [8, 8], [24, 48], 32),
-        "glyph-mix-48": cnn_parameters(1, [8, 8], [128, 256], 32),
+        "glyph-mix-48": cnn_parameters(1, [8, 8], [128, 256], 128),
         "cifar10-cpu": cnn_parameters(3, [16, 24], [96, 192], 64),
     }
     fit_options = (

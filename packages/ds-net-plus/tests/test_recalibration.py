@@ -17,8 +17,9 @@ def test_recalibrated_statistics_are_the_mean_over_batches(net):
     names = {bn: name for name, bn in net.named_modules() if isinstance(bn, SwitchableBN)}
 
     def record(layer, args):
+        values = args[0].transpose(0, 1).flatten(1)  # channel by channel
         seen.setdefault(f"{names[layer]}.{args[0].shape[1]}", []).append(
-            torch.stack([args[0].mean((0, 2, 3)), args[0].var((0, 2, 3))])
+            torch.stack([values.mean(1), values.var(1)])
         )
 
     counters = {k: v.clone() for k, v in net.state_dict().items() if v.dtype == torch.int64}

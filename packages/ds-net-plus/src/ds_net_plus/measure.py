@@ -181,8 +181,9 @@ def ordinary_activations(net: DynamicNet, seed: int = 0) -> DynamicNet:
 
     def measure(layer: SwitchableBN, args: tuple[Tensor, ...]) -> None:
         bn = layer.statistics(args[0].shape[1])
-        bn.running_mean = args[0].mean((0, 2, 3))
-        bn.running_var = args[0].var((0, 2, 3)).clamp(min=1e-3)
+        values = args[0].transpose(0, 1).flatten(1)  # channel by channel
+        bn.running_mean = values.mean(1)
+        bn.running_var = values.var(1).clamp(min=1e-3)
 
     hooks = [layer.register_forward_pre_hook(measure) for layer in norms]  # pyright: ignore[reportArgumentType]
     with torch.no_grad():

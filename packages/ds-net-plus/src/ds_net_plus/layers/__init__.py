@@ -2,7 +2,7 @@
 
 from ds_net_plus.layers.blocks import DSDepthwiseSeparable, DSInvertedResidual, make_divisible
 from ds_net_plus.layers.gate import MultiHeadGate, PlainGate
-from ds_net_plus.layers.norm import DSGroupNorm, DSLayerNorm, SwitchableBN
+from ds_net_plus.layers.norm import BN_EPS, DSGroupNorm, DSLayerNorm, SwitchableBN
 from ds_net_plus.layers.slicing import (
     ConvAct,
     DSConv2d,
@@ -15,6 +15,7 @@ from ds_net_plus.layers.slicing import (
 )
 
 __all__ = [
+    "BN_EPS",
     "ConvAct",
     "DSConv2d",
     "DSDepthwiseConv2d",

@@ -22,12 +22,12 @@ class SwitchableBN(nn.Module):
     and the batch counter is left alone, as in the official program.
     """
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        """Makes one statistics set for each of the ascending `widths`."""
+    def __init__(self, widths: Sequence[int], affine: bool = True) -> None:
+        """Makes one statistics set for each of the ascending `widths`, and the affine pair."""
         super().__init__()
         self.widths = check_widths(widths, "norm widths")
         self.aux_bn = nn.ModuleList(
-            nn.BatchNorm2d(width, BN_EPS, BN_MOMENTUM, affine=width == self.widths[-1])
+            nn.BatchNorm2d(width, BN_EPS, BN_MOMENTUM, affine and width == self.widths[-1])
             for width in self.widths
         )
 
@@ -48,11 +48,12 @@ class SwitchableBN(nn.Module):
         return self.aux_bn[-1].weight[:width], self.aux_bn[-1].bias[:width]  # pyright: ignore[reportIndexIssue, reportReturnType]
 
     def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, x: Float[Tensor, "batch channels *space"]
+    ) -> Float[Tensor, "batch channels *space"]:
         """Normalises with the statistics of width x.shape[1] (batch statistics in training)."""
         bn = self.statistics(x.shape[1])
-        scale, shift = self.affine(x.shape[1])
+        free = self.aux_bn[-1].weight is None
+        scale, shift = (None, None) if free else self.affine(x.shape[1])
         return F.batch_norm(
             x,
             bn.running_mean,

@@ -1,5 +1,6 @@
 """DS-CNN: a small residual network with one gate, for embedded tasks and small images."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ds_net_plus.layers import (
+    BN_EPS,
     ConvAct,
     DSConv2d,
     DSLinear,
@@ -79,20 +81,40 @@ class PlainResidual(nn.Module):
         return x + self.block(x)
 
 
+def moments(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pooled"]:
+    """Mean and mean square over space of every channel."""
+    flat = x.flatten(2)
+    return torch.cat([flat.mean(2), flat.square().mean(2)], 1)
+
+
 class PooledGate(nn.Module):
-    """Mean and mean square of every channel -> Linear -> ReLU -> Linear: the route logits."""
+    """Moments of every channel, standardised -> Linear -> ReLU -> Linear: the route logits.
+
+    Standardised by statistics that Stage I and recalibration measure, as those of every norm:
+    without, a gate learns half as much in the same steps.
+    """
 
     def __init__(self, channels: int, hidden: int, outputs: int) -> None:
         """`channels` feature maps are seen through 2 * channels numbers."""
         super().__init__()
+        self.norm = SwitchableBN((2 * channels,), affine=False)
         self.hidden = nn.Linear(2 * channels, hidden)
         self.head = nn.Linear(hidden, outputs)
 
-    @staticmethod
-    def pool(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch pooled"]:
-        """First and second moment of every channel."""
-        flat = x.flatten(2)
-        return torch.cat([flat.mean(2), flat.square().mean(2)], 1)
+    def pool(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch pooled"]:
+        """The standardised moments."""
+        return self.norm(moments(x))
+
+    def materialize(self) -> nn.Sequential:
+        """The plain gate, moments -> route logits, with the norm folded into the first layer."""
+        mean, var = self.norm.aux_bn[0].running_mean, self.norm.aux_bn[0].running_var
+        hidden, head = copy.deepcopy(self.hidden), copy.deepcopy(self.head)
+        scale = torch.rsqrt(var + BN_EPS)  # pyright: ignore[reportOperatorIssue, reportArgumentType]
+        hidden.bias.data -= hidden.weight.data @ (mean * scale)  # pyright: ignore[reportOperatorIssue]
+        hidden.weight.data *= scale
+        return nn.Sequential(hidden, nn.ReLU(), head)
 
     def forward(self, pooled: Float[Tensor, "batch pooled"]) -> Float[Tensor, "batch outputs"]:
         """Route logits."""
@@ -180,7 +202,7 @@ class DSConvNet(DynamicNet):
         """The front's convolutions and the moments of their output."""
         for block in self.stem:
             x = block(x, block.conv.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
-        return Front(x, PooledGate.pool(x))
+        return Front(x, self.gate.pool(x))
 
     def rest(
         self, features: Float[Tensor, "batch channels height width"], route: RouteLike
@@ -249,7 +271,7 @@ class DSConvNet(DynamicNet):
             width = block.conv.out_channels  # pyright: ignore[reportAttributeAccessIssue]
             layers.append(block.materialize(channels, width, fold_bn))  # pyright: ignore[reportCallIssue]
             channels = width
-        return PlainFront(nn.Sequential(*layers), _copy(self.gate)).eval()
+        return PlainFront(nn.Sequential(*layers), self.gate.materialize()).eval()
 
     def materialize_rest(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
         """Plain stages, pool and classifier: features -> class logits."""
@@ -262,18 +284,10 @@ class DSConvNet(DynamicNet):
         return nn.Sequential(*layers).eval()
 
 
-def _copy(gate: PooledGate) -> PooledGate:
-    copy = PooledGate(
-        gate.hidden.in_features // 2, gate.hidden.out_features, gate.head.out_features
-    )
-    copy.load_state_dict(gate.state_dict())
-    return copy.to(gate.head.weight.device)
-
-
 class PlainFront(nn.Module):
     """Convolutions and pooled gate: image -> (features, gate logits)."""
 
-    def __init__(self, layers: nn.Module, gate: PooledGate) -> None:
+    def __init__(self, layers: nn.Module, gate: nn.Module) -> None:
         """Takes the plain front and its gate."""
         super().__init__()
         self.layers = layers
@@ -282,4 +296,4 @@ class PlainFront(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(features, gate logits)."""
         features = self.layers(x)
-        return features, self.gate(PooledGate.pool(features))
+        return features, self.gate(moments(features))

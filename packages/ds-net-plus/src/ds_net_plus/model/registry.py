@@ -19,7 +19,10 @@ MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
         {"num_classes": 10, "stem_stride": 1, "strides": (1, 1, 2, 2, 2), "image_size": 32},
     ),
     "ds_cnn_tiny": (DSConvNet, {}),
-    "ds_cnn_wide": (DSConvNet, {"stage_widths": _QUARTERS_128, "image_size": 48}),
+    "ds_cnn_wide": (
+        DSConvNet,
+        {"stage_widths": _QUARTERS_128, "gate_hidden": 128, "image_size": 48},
+    ),
     "ds_cnn_cifar": (
         DSConvNet,
         {
