@@ -152,42 +152,35 @@ def _point_out(ax: Axes, table: RouteTable, point: Point, costs: _Costs, chosen:
         if costs.noun == "MAdds"
         else point.top1 - float(np.interp(x, costs.static, static))
     )
-    mixed = 100 * random_routing(table, point.shares)[1]
     lowest = 100 * min(static)
     floor = lowest - 0.07 * (max(y, 100 * max(static)) - lowest)
+    up = f"{100 * gain:+.1f} points at equal {costs.noun}".replace("-", "\N{MINUS SIGN}")
+    saving = _saving_text(costs.noun, across / x, point.top1 > max(static))
     with style():
         for side, top in ((x, y), (across, reached)):
             ax.plot([side, side], [floor, top], color=INK, lw=0.8, ls=(0, (1, 2)), zorder=2)
         ax.annotate("", (x, floor), (across, floor), arrowprops=_ARROW)
         ax.annotate("", (x, y), (x, y - 100 * gain), arrowprops={**_ARROW, "shrinkB": 4}, zorder=5)
-        across_text = _saving_text(costs.noun, across / x, point.top1 > max(static))
-        _remark(ax, across_text, ((x + across) / 2, floor), (0, 5), ha="center", va="bottom")
-        up_text = f"{100 * gain:+.1f} points\nat equal {costs.noun}".replace("-", "\N{MINUS SIGN}")
-        side = -1 if x > 0.7 * ax.get_xlim()[1] else 1  # the text stays inside the panel
-        up_at = (x, min(mixed, y - 100 * gain))
-        _remark(ax, up_text, up_at, (7 * side, -7), ha="left" if side > 0 else "right", va="top")
-
-
-def _remark(
-    ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **alignment: Any
-) -> None:
-    ax.annotate(
-        text,
-        at,
-        offset,
-        textcoords="offset points",
-        weight="bold",
-        path_effects=[withStroke(linewidth=3, foreground=PAPER)],
-        zorder=6,
-        **alignment,
-    )
+        # all curves rise: the corner below them is free
+        ax.text(
+            0.985,
+            0.09,
+            f"{up}\n{saving}",
+            transform=ax.transAxes,
+            ha="right",
+            va="bottom",
+            linespacing=1.5,
+            weight="bold",
+            path_effects=[withStroke(linewidth=3, foreground=PAPER)],
+            zorder=6,
+        )
 
 
 def _saving_text(noun: str, ratio: float, beyond: bool) -> str:
     """What the horizontal arrow says, honest where the point costs more."""
     less = ("fewer" if noun == "MAdds" else "less") if ratio >= 1 else "more"
     where = "than the widest route" if beyond else "at equal accuracy"
-    return f"{max(ratio, 1 / ratio):.1f}× {less} {noun}\n{where}"
+    return f"{max(ratio, 1 / ratio):.1f}× {less} {noun} {where}"
 
 
 def _frame(fig: Figure, panels: Sequence[Axes], title: str) -> None:
