@@ -14,6 +14,11 @@ from tenfold.device import report
 FOLDER = Path(__file__).parent / "results"
 
 
+def work_folder(name: str) -> Path:
+    """Where the runs of a package's claims lie, so that interrupted ones go on."""
+    return Path("runs/benchmarks") / name
+
+
 class Results:
     """A JSON file of runs by key, and the machine of each; a finished run is never done again."""
 

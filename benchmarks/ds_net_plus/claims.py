@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.ds_net_plus.tables import write_tables
-from benchmarks.results import Results
+from benchmarks.results import Results, work_folder
 from ds_net_plus.cli import app
 from ds_net_plus.commands.common import open_data, open_network
 from ds_net_plus.commands.demo import (
@@ -38,7 +38,7 @@ from ds_net_plus.module import SupernetModule
 from ds_net_plus.report import headline_point
 from ds_net_plus.train import CachedRoutes, train_gate, train_supernet
 
-WORK = Path("runs/benchmarks/ds-net-plus")
+WORK = work_folder("ds-net-plus")
 TARGETS = ("none", "ib", "inplace", "ramp", "switch")
 GATED = ("none", "ib")
 BUDGETS = (0.35, 0.43, 0.5, 0.55, 0.6, 0.75)

@@ -11,7 +11,8 @@ from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import collect
 from ds_net_plus.model import DSConvNet, with_space
 from ds_net_plus.module import GateModule, SupernetModule
-from ds_net_plus.module.base import learning_rate_factor, parse_route
+from ds_net_plus.module.base import parse_route
+from ds_net_plus.module.schedule import learning_rate_factor
 from ds_net_plus.module.supernet import start_from
 from ds_net_plus.train import (
     CachedRoutes,

@@ -1,6 +1,5 @@
 """What both training stages share: evaluation, prediction and checkpoint metadata."""
 
-import math
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ds_net_plus.model import (
     create_model,
     tau_for_budget,
 )
+from ds_net_plus.module.schedule import cosine_schedule
 from tenfold.errors import UserError
 
 
@@ -68,23 +68,9 @@ class NetModule(LightningModule):
         return max(1, int(self.trainer.estimated_stepping_batches))
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        """Warm-up, cosine and cooldown by the arguments of that name; moves as `schedule` says."""
-        h = self.hparams
-        check_schedule(self.trainer.max_epochs, h["warmup"], h["cooldown"])
-        per_epoch = self.steps() / self.trainer.max_epochs if self.trainer.max_epochs else 1.0
-        unit = 1.0 if h["schedule"] == "epoch" else per_epoch
-
-        def factor(t: int) -> float:
-            return learning_rate_factor(
-                t / unit,
-                self.steps() / per_epoch,
-                h["warmup"],
-                h["cooldown"],
-                h["warmup_lr"] / h["lr"],
-                h["min_lr"] / h["lr"],
-            )
-
-        return LambdaLR(optimizer, factor)
+        """The schedule of this run, by the arguments `warmup`, `cooldown`, `schedule` and so on."""
+        epochs = self.trainer.max_epochs or 0
+        return cosine_schedule(optimizer, self.steps(), epochs, self.hparams)
 
     def evaluated(self) -> DynamicNet:
         """The network that validate, test and predict run."""
@@ -190,34 +176,6 @@ def check_data(net: DynamicNet, data: ImageData) -> None:
         raise UserError(
             f"the images have {data.channels} channels, the network takes {net.in_channels}",
             fix=f"give --data.channels {net.in_channels}",
-        )
-
-
-def learning_rate_factor(
-    t: float, total: float, warmup: float, cooldown: float, start: float, floor: float
-) -> float:
-    """Linear warm-up from `start` to 1, cosine to `floor`, then constant: shares of the peak.
-
-    The cosine runs over [0, total - cooldown]; the warm-up hides its beginning, as in timm.
-    """
-    if t < warmup:
-        return start + (1 - start) * t / warmup
-    span = total - cooldown
-    if t >= span:
-        return floor
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t / span))
-
-
-def check_schedule(epochs: int | None, warmup: float, cooldown: float) -> None:
-    """Makes sure that a run has room for its schedule.
-
-    Raises:
-        UserError: warm-up and cooldown leave no epoch between them.
-    """
-    if epochs is not None and 0 <= epochs <= warmup + cooldown:
-        raise UserError(
-            f"{epochs} epochs have no room for {warmup:g} of warm-up and {cooldown:g} of cooldown",
-            fix="raise --trainer.max_epochs, or lower --model.init_args.warmup and cooldown",
         )
 
 
