@@ -122,6 +122,19 @@ def test_dynamic_test_without_a_gate_is_refused(folder, capsys):
     assert "train-gate" in capsys.readouterr().err
 
 
+def test_training_that_diverges_stops_and_says_where_the_good_state_is(tmp_path, capsys):
+    options = [
+        "--model.net", NET, "--model.lr", "1e12", "--data.image_size", "16",
+        "--data.train_size", "640", "--data.val_size", "32", "--data.test_size", "32",
+        "--data.batch_size", "32", "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", tmp_path,
+    ]  # fmt: skip
+    assert run("fit", *options) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "NaN or infinite from step" in told
+    assert "lower the learning rate" in told
+
+
 def test_an_unmeasured_route_is_refused(folder, tmp_path, capsys):
     raw = torch.load(folder / "last.ckpt", weights_only=True)
     for key in raw["state_dict"]:
@@ -262,6 +275,8 @@ def test_convert_checkpoint_reads_an_official_file(tiny_mbnet, randomize, tmp_pa
     with (tmp_path / "run" / "predict" / "predictions.csv").open() as file:
         [row] = csv.DictReader(file)
     assert row["madds"] == str(average.madds(3))
+    assert run("profile", "--ckpt", tmp_path / "o.pth", "--routes", "0,3") == 0
+    assert "state_dict_ema" in capsys.readouterr().out  # which of the two was read
     (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
     assert run("convert-checkpoint", "--source", tmp_path / "bad.pth") == 2
     assert "bad.pth" in capsys.readouterr().err
