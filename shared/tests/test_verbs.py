@@ -125,7 +125,7 @@ def test_the_config_lies_in_the_run_whatever_the_logger(run, tmp_path):
         assert {"config.yaml", "last.ckpt"} <= {p.name for p in (runs / folder).iterdir()}
 
 
-def test_a_checkpoint_made_in_python_names_its_classes(run, tmp_path, toy_root):
+def test_a_checkpoint_made_in_python_names_its_classes(run, error_line, tmp_path, toy_root):
     from toy.data import Rows
     from toy.module import Deep
 
@@ -134,6 +134,9 @@ def test_a_checkpoint_made_in_python_names_its_classes(run, tmp_path, toy_root):
     assert run("test --ckpt last.ckpt --trainer.accelerator cpu") == 0
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert state[CLASSES] == {"model": "toy.module.Deep", "data": "toy.data.Rows"}
+    state[CLASSES]["model"] = "elsewhere.Deep"
+    torch.save(state, tmp_path / "other.ckpt")
+    assert error_line("test --ckpt other.ckpt").startswith("the checkpoint is of elsewhere.Deep")
 
 
 def test_ctrl_c_that_lightning_swallows_is_130(run, monkeypatch, capsys):

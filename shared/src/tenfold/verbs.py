@@ -199,7 +199,10 @@ def _saved_arguments(app: App, checkpoint: Path) -> dict[str, str]:
 
 def _accepted(class_path: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of the saved arguments that the class takes; its parents may have saved more."""
-    parameters = inspect.signature(load(":".join(class_path.rsplit(".", 1)))).parameters
+    try:
+        parameters = inspect.signature(load(":".join(class_path.rsplit(".", 1)))).parameters
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the checkpoint is of {class_path}, which is not installed") from error
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return arguments
     return {key: value for key, value in arguments.items() if key in parameters}
