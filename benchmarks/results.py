@@ -10,6 +10,7 @@ from scipy import stats
 
 from tenfold.checkpoint import atomic_file
 from tenfold.device import report
+from tenfold.errors import UserError
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -22,11 +23,11 @@ def work_folder(name: str) -> Path:
 class Results:
     """A JSON file of runs by key, and the machine of each; a finished run is never done again."""
 
-    def __init__(self, kind: str, name: str, folder: Path = FOLDER) -> None:
-        """Opens folder/<kind>/<name>.json, or begins it."""
+    def __init__(self, kind: str, name: str, folder: Path = FOLDER, *, fresh: bool = False) -> None:
+        """Opens folder/<kind>/<name>.json, or begins it anew."""
         self.path = folder / kind / f"{name}.json"
         self.content: dict[str, Any] = {"machine": report(), "runs": {}}
-        if self.path.is_file():
+        if self.path.is_file() and not fresh:
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
 
     @property
@@ -93,10 +94,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def replace_block(path: Path, name: str, text: str) -> None:
-    """Puts `text` between the lines <!-- name --> and <!-- /name --> of a file."""
+    """Puts `text` between the lines <!-- name --> and <!-- /name --> of a file.
+
+    Raises:
+        UserError: the file has no such lines.
+    """
     content = path.read_text(encoding="utf-8")
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if start in content and end in content:
-        before, rest = content.split(start, 1)
-        after = rest.split(end, 1)[1]
-        path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+    if not (start in content and end in content):
+        raise UserError("no place for the table", where=str(path), fix=f"add {start} and {end}")
+    before, rest = content.split(start, 1)
+    after = rest.split(end, 1)[1]
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")

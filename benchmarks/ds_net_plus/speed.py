@@ -34,8 +34,7 @@ def run(seeds: int = 1, only: str | None = None) -> None:
         seeds: not used; a time has no seed.
         only: not used.
     """
-    results = Results("speed", "ds-net-plus")
-    results.content.update(Results("speed", "none").content)
+    results = Results("speed", "ds-net-plus", fresh=True)
     torch.manual_seed(0)
     net = ordinary_activations(create_model("ds_mbnet"))
     net.routing_space = SPACE

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from benchmarks.results import Results, cell, markdown, mean_interval, replace_block
+from tenfold.errors import UserError
 
 
 def test_interval_is_students():
@@ -27,5 +28,7 @@ def test_a_finished_run_is_not_done_again(tmp_path):
 def test_blocks_are_replaced_between_their_marks(tmp_path):
     file = tmp_path / "README.md"
     file.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
+    with pytest.raises(UserError, match="add <!-- u -->"):
+        replace_block(file, "u", "text")
     replace_block(file, "t", markdown(["x"], [["1"]]))
     assert file.read_text() == "a\n<!-- t -->\n| x |\n| --- |\n| 1 |\n<!-- /t -->\nb\n"

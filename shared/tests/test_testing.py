@@ -73,6 +73,8 @@ class Toy(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict]:
         rank = self.global_rank if self.defect == "rank" else 0
+        if self.defect == "mute":
+            return self.net(batch.x)
         return [{"y": y, "sign": rank + int(y > 0)} for y in self.net(batch.x).squeeze(1).tolist()]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -187,6 +189,7 @@ DEFECTS = [
     ("across", "test_two_ranks_do_as_one", "gradients of module differ on rank 0"),
     ("rank", "test_two_ranks_do_as_one", "predictions of module differ"),
     ("load", "test_saved_and_loaded", r"weights of module differ after loading: net\.0\.bias"),
+    ("mute", "test_predict_command", "predict left no file"),
     ("few", "test_interrupted_and_resumed", "data.. has 2 batches in an epoch"),
     ("odd", "test_two_ranks_do_as_one", "odd batch size, 9"),
     ("slow", "test_help_is_quick", "imports torch"),
@@ -206,9 +209,10 @@ def call(contract, test, **arguments):
 
 
 @pytest.mark.parametrize(("defect", "test", "message"), DEFECTS)
-def test_a_planted_defect_fails_its_test(defect, test, message, tmp_path):
+def test_a_planted_defect_fails_its_test(defect, test, message, tmp_path, monkeypatch):
+    fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
     with pytest.raises(AssertionError, match=message):
-        call(globals()[defect](), test, name="module", tmp_path=tmp_path)
+        call(globals()[defect](), test, name="module", **fixtures)
 
 
 @pytest.mark.parametrize(

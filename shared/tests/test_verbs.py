@@ -80,6 +80,12 @@ def test_a_fit_that_names_nothing_takes_the_demo_recipe(run, app, tmp_path):
     assert resumed.checkpoint == Path("runs/tenfold/demo/last.ckpt")
     assert "--config=runs/tenfold/demo/config.yaml" in resumed.argv  # of that run, not the recipe
     assert plan_run(app, "fit", []).folder.name == "demo-2"
+    assert run("validate --ckpt auto") == 0  # what fit has just left
+
+
+def test_a_model_without_a_checkpoint_is_told(run, caplog):
+    assert run("test --config demo") == 0
+    assert "untrained" in caplog.text
 
 
 def test_a_signal_saves_and_resume_goes_on(run, tmp_path, monkeypatch, capfd):
@@ -217,7 +223,7 @@ def test_a_checkpoint_of_another_width_is_told_in_one_line(run, error_line):
     line = error_line("test --config demo --ckpt auto --model.width 7")
     assert line.startswith("the checkpoint is of another model or optimizer: ")
     assert "size mismatch for layer.weight" in line
-    assert "no run has saved a checkpoint yet" in error_line("test --ckpt auto")
+    assert "no run has saved a checkpoint yet" in error_line("test --model Deep --ckpt auto")
 
 
 def test_help_of_a_verb_tells_the_short_options(run, capsys):

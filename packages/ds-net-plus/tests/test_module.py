@@ -168,6 +168,16 @@ def test_a_teacher_that_cannot_follow_is_told(data, tmp_path, caplog):
     assert "teacher still" not in caplog.text
 
 
+def test_a_folder_with_another_run_is_refused(trained, data, tmp_path):
+    table = CachedRoutes(collect(trained.evaluated(), data.gate_loader()), 32, 0)
+    for seed in (0, 0):
+        train_gate(trained.evaluated(), table, tmp_path, steps=3, seed=seed, progress=False)
+    with pytest.raises(UserError, match=r"other settings \(sgs try_best -> ladder, seed 0 -> 1\)"):
+        train_gate(
+            trained.evaluated(), table, tmp_path, steps=3, seed=1, sgs="ladder", progress=False
+        )
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_stage2_trains_the_gate_alone(trained, data, tmp_path, cached):
     net = trained.evaluated()

@@ -10,6 +10,7 @@ import argparse
 import csv
 import inspect
 import json
+import logging
 import os
 import re
 import textwrap
@@ -35,7 +36,9 @@ from tenfold.progress import PlainProgress, on_terminal
 from tenfold.training import CLASSES, LAST, Resumable, StepSeed, StopOnBadLoss, resume_path
 
 CONFIG = "config.yaml"
-DEFAULT = "demo"  # the recipe of a fit that names none
+DEFAULT = "demo"  # the recipe where none is named
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
 
     An argument of the model comes from the command line, else from the checkpoint, else from the
     last `--config` that has it; one of the data from the command line, else the last `--config`,
-    else the checkpoint. A fit that names neither recipe, model nor checkpoint takes `DEFAULT`.
+    else the checkpoint. A command that names neither recipe, model nor checkpoint takes `DEFAULT`.
     """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("-c", "--config", action="append", default=[])
@@ -115,11 +118,13 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
             flags.append(target.replace(":", "."))
 
     recipes, default = [app.recipe(name) for name in typed.config], []
-    if verb == "fit" and not (recipes or typed.model):
+    if not (recipes or typed.model) and typed.checkpoint in (None, "auto"):
         default = [path for name, path in app.recipes().items() if name == DEFAULT]
     folder, checkpoint = _folder_and_checkpoint(app, verb, typed, recipes or default)
-    if checkpoint and default:
-        default = [path for path in [folder / CONFIG] if path.is_file()]
+    if checkpoint:  # what it was made with is in it, and how it was trained beside it
+        default = [p for p in [folder / CONFIG] if default and verb == "fit" and p.is_file()]
+    elif verb != "fit":
+        log.warning("no --ckpt: the model is measured as it was built, untrained")
     recipes = recipes or default
     saved = _saved_arguments(app, checkpoint) if checkpoint else {}
     configs = [saved.get("data"), *recipes, saved.get("model")]
@@ -308,7 +313,7 @@ def run_callbacks(
 
 
 def run_loggers(folder: Path, verb: str = "fit", checkpoint: Path | None = None) -> list[Logger]:
-    """metrics.csv and TensorBoard in the run's folder; of test and the like in a folder below.
+    """metrics.csv and TensorBoard in the run's folder; of validate and test in a folder below.
 
     Args:
         folder: Of the run.
@@ -316,6 +321,8 @@ def run_loggers(folder: Path, verb: str = "fit", checkpoint: Path | None = None)
         checkpoint: What a fit is resumed from: its metrics.csv is continued.
     """
     where = {"save_dir": folder, "name": "" if verb == "fit" else verb, "version": ""}
+    if verb == "predict":  # nothing is measured
+        return []
     table = CSVLogger(**where, flush_logs_every_n_steps=1)
     if verb != "fit":
         return [table]

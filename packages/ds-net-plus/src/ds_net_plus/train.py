@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ds_net_plus.data import ImageData
@@ -11,7 +11,9 @@ from ds_net_plus.evaluate import RouteTable, collect
 from ds_net_plus.model import DynamicNet, reset_gate
 from ds_net_plus.module import GateBatch, GateModule, SupernetModule
 from ds_net_plus.recalibration import recalibrate
+from tenfold.checkpoint import load_state
 from tenfold.data import DataModule, TensorItems
+from tenfold.errors import UserError
 from tenfold.progress import on_terminal, track
 from tenfold.training import Resumable, resume_path
 from tenfold.verbs import run_callbacks, run_loggers
@@ -53,10 +55,34 @@ def train_supernet(
         accelerator=accelerator,
         progress=progress,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=resume_path(folder))
+    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module))
     for net in (module.net, module.teacher):
         recalibrate(net, training_images(data, recalibration))
     return module.eval()
+
+
+def begun(folder: Path, module: LightningModule) -> Path | None:
+    """The checkpoint that `folder` holds of the same run, None if there is none.
+
+    Raises:
+        UserError: it is of a run with other settings.
+    """
+    path = resume_path(folder)
+    if path is None:
+        return None
+    there = load_state(path).get("hyper_parameters", {})
+    changed = [
+        f"{key} {there.get(key)} -> {value}"
+        for key, value in module.hparams.items()
+        if there.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"the folder holds a run with other settings ({', '.join(changed)})",
+            where=str(folder),
+            fix="use those, remove the folder, or choose another --out",
+        )
+    return path
 
 
 def training_images(data: ImageData, batches: int) -> Iterator[Tensor]:
@@ -109,7 +135,7 @@ def train_gate(
         **options: arguments of `GateModule`.
     """
     config = {**net.config, "gate_outputs": len(net.routing_space)}
-    module = GateModule(arch=net.name, net=config, **options)  # pyright: ignore[reportArgumentType]
+    module = GateModule(arch=net.name, net=config, seed=seed, **options)  # pyright: ignore[reportArgumentType]
     module.net.load_state_dict(net.state_dict())
     module.net.routing_space = net.routing_space
     reset_gate(module.net, seed)
@@ -121,5 +147,5 @@ def train_gate(
         accelerator=accelerator,
         progress=progress,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=resume_path(folder))
+    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module))
     return module.eval()
