@@ -283,7 +283,7 @@ def test_an_unusable_item_ends_the_run_in_one_line(workers):
         list(Some(dataset, batch_size=4, workers=workers).val_dataloader())
     assert str(caught.value) == (
         "item 7 of val cannot be used: cannot read the image (a/b.png): "
-        "mend it, or leave such items out with on_bad_item=skip"
+        "mend it, or leave such items out with --data.on_bad_item skip"
     )
     assert "in __getitem__" in str(caught.value.__cause__)  # for whoever looks for a bug
 

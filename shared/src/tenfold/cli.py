@@ -168,7 +168,10 @@ class App:
 
 
 def exit_status(error: BaseException) -> int:
-    """Tell the person about an exception; 2 for their input, 130 for a signal, 1 for our bug."""
+    """Tell the person about an exception; 2 for their input, 130 for a signal, 1 for our bug.
+
+    A file or folder that cannot be read or written counts as input.
+    """
     if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
         error = error.__context__  # Lightning exits with 1 on Ctrl-C
     if type(error).__name__ == "SIGTERMException":  # Lightning's, a SystemExit without a code
@@ -181,6 +184,8 @@ def exit_status(error: BaseException) -> int:
         print(str(error) or "interrupted", file=sys.stderr)
         return 130
     told = cause(error, UserError)
+    if told is None and isinstance(error, OSError) and error.filename:  # a place of the person's
+        told = UserError(error.strerror or "cannot be used", where=str(error.filename))
     if told is None or os.environ.get("TENFOLD_DEBUG") == "1":
         traceback.print_exception(error)
     if told is None:

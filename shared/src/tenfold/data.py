@@ -102,7 +102,7 @@ class BadItems:
         for item in bad:
             if not self.skip:
                 what = f"item {item.index} of {self.split} cannot be used: {item.reason}"
-                fix = "mend it, or leave such items out with on_bad_item=skip"
+                fix = "mend it, or leave such items out with --data.on_bad_item skip"
                 raise UserError(what, fix=fix) from RuntimeError(item.trace)
             self._news[item.index] = self.reasons[item.index] = item.reason
 

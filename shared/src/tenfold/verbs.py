@@ -70,6 +70,8 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
         rank_zero_info(f"{verb}: files go to {run.folder}")
         work = getattr(cli.trainer, verb)
         work(cli.model, datamodule=cli.datamodule, ckpt_path=run.checkpoint, **options)
+        if verb == "fit":
+            rank_zero_info(f"fit: trained; the checkpoint is {run.folder / LAST}")
     except argparse.ArgumentError as error:
         raise parse_error(error, f"{app.name} {verb}") from error
     except MisconfigurationException as error:
@@ -122,7 +124,9 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
         default = [path for name, path in app.recipes().items() if name == DEFAULT]
     folder, checkpoint = _folder_and_checkpoint(app, verb, typed, recipes or default)
     if checkpoint:  # what it was made with is in it, and how it was trained beside it
-        default = [p for p in [folder / CONFIG] if default and verb == "fit" and p.is_file()]
+        goes_on = verb == "fit" and (default or typed.checkpoint == "auto" or not recipes)
+        recipes += [path for path in [folder / CONFIG] if goes_on and path.is_file()]
+        default = []
     elif verb != "fit":
         log.warning("no --ckpt: the model is measured as it was built, untrained")
     recipes = recipes or default
@@ -220,12 +224,15 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **kwargs)
         self.folder = folder
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on the first rank alone."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, self.folder / CONFIG, skip_none=False, overwrite=True, multifile=False
-        )
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: a run that never trains leaves no folder that looks used."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes on the first rank alone."""
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / CONFIG
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
 class VerbCLI(LightningCLI):
@@ -245,7 +252,7 @@ class VerbCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunConfig if verb == "fit" else None,
-            save_config_kwargs={"folder": run.folder, "save_to_log_dir": False},
+            save_config_kwargs={"folder": run.folder},
             seed_everything_default=0,
             parser_kwargs={
                 "prog": f"{app.name} {verb}",

@@ -55,27 +55,30 @@ def train_supernet(
         accelerator=accelerator,
         progress=progress,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module))
+    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module, epochs))
     for net in (module.net, module.teacher):
         recalibrate(net, training_images(data, recalibration))
     return module.eval()
 
 
-def begun(folder: Path, module: LightningModule) -> Path | None:
+def begun(folder: Path, module: LightningModule, epochs: int) -> Path | None:
     """The checkpoint that `folder` holds of the same run, None if there is none.
 
     Raises:
-        UserError: it is of a run with other settings.
+        UserError: it is of a run with other settings, or of more epochs.
     """
     path = resume_path(folder)
     if path is None:
         return None
-    there = load_state(path).get("hyper_parameters", {})
+    raw = load_state(path)
+    there = raw.get("hyper_parameters", {})
     changed = [
         f"{key} {there.get(key)} -> {value}"
         for key, value in module.hparams.items()
         if there.get(key) != value
     ]
+    if raw["epoch"] > epochs:
+        changed.append(f"epochs {raw['epoch']} -> {epochs}")
     if changed:
         raise UserError(
             f"the folder holds a run with other settings ({', '.join(changed)})",
@@ -139,13 +142,13 @@ def train_gate(
     module.net.load_state_dict(net.state_dict())
     module.net.routing_space = net.routing_space
     reset_gate(module.net, seed)
-    loader = data.train_dataloader()
+    epochs = -(-steps // max(len(data.train_dataloader()), 1))
     trainer = make_trainer(
         folder,
-        epochs=-(-steps // max(len(loader), 1)),
+        epochs=epochs,
         seed=seed,
         accelerator=accelerator,
         progress=progress,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module))
+    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module, epochs))
     return module.eval()

@@ -49,6 +49,17 @@ def open_data(saved: Saved, changes: dict[str, Any] | None, stage: str | None = 
     return data
 
 
+def at_least(least: int | float, **values: float | None) -> None:
+    """Makes sure that numbers of the command line are not too small; None passes.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+
+
 def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
     """Comma-separated numbers, "0,4,8,13".
 

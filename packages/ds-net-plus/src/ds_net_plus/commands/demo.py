@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ds_net_plus import report
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
+from ds_net_plus.commands.common import at_least
 from ds_net_plus.commands.stages import budget_table
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import (
@@ -68,6 +69,7 @@ def demo(
         epochs: of Stage I, those of the recipe if left out.
         gate_steps: steps of Stage II.
     """
+    at_least(1, epochs=epochs, gate_steps=gate_steps)
     trained = train_both(
         recipe, out, seed=seed, epochs=epochs, gate_steps=gate_steps, routes=SPEEDS
     )

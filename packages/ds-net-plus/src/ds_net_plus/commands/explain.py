@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_net_plus.commands.common import open_data, open_network
+from ds_net_plus.commands.common import at_least, open_data, open_network
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import DynamicNet, check_finite, check_statistics, tau_for_budget
 from ds_net_plus.report import gallery
@@ -44,13 +44,19 @@ def explain(
     """
     if on_error not in ("fail", "skip"):
         raise UserError(f"on_error must be 'fail' or 'skip', got {on_error!r}")
+    at_least(1, per_route=per_route)
     saved, net = open_network(ckpt, weights, device)
     net.check_gate()
     tau = tau if budget is None else tau_for_budget(net, budget)
     bad = {"fail": "raise", "skip": "skip"}[on_error]
     source = open_data(saved, {"predict_root": str(images), "on_bad_item": bad}, "predict")
     check_statistics(net, net.routing_space)
-    rows, shown = explain_images(net, source, tau, per_route)
+    try:
+        rows, shown = explain_images(net, source, tau, per_route)
+    except UserError as error:
+        if "on_bad_item" not in (error.fix or ""):
+            raise
+        raise UserError(error.what, where=error.where, fix="or add --on-error skip") from error
     if not rows:
         raise UserError("there is no readable image", where=str(images))
     out.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ds_net_plus.checkpoint import DATA, STUDENT, TEACHER, Saved
-from ds_net_plus.commands.common import beside, open_network
+from ds_net_plus.commands.common import at_least, beside, open_network
 from ds_net_plus.commands.stages import write
 from ds_net_plus.convert import convert_official, parity_check
 from ds_net_plus.data import normalisation, write_cifar10, write_parquet
@@ -33,6 +33,7 @@ def data(
         train_seed: of the training images.
         test_seed: of the test images.
     """
+    at_least(1, size=size, train=train, test=test)
     writers = {"parquet": write_parquet, "cifar10": write_cifar10}
     if layout not in writers:
         raise UserError(f"layout must be one of {', '.join(writers)}, got {layout!r}")
@@ -67,6 +68,7 @@ def export(
         channels_last: keep the weights in channels-last order.
         weights: the copy of the network, ema or student.
     """
+    at_least(1, image_size=image_size)
     _, net = open_network(ckpt, weights)
     routes: str | list[int | str] = route
     if route != "all":

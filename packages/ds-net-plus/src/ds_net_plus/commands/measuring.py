@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_net_plus.commands.common import open_data, open_network, parse_numbers
+from ds_net_plus.commands.common import at_least, open_data, open_network, parse_numbers
 from ds_net_plus.evaluate import collect
 from ds_net_plus.measure import (
     RouteProfile,
@@ -50,6 +50,7 @@ def profile(
         device: cpu, cuda, mps or auto.
         out: folder for profile.csv and profile.json.
     """
+    at_least(1, image_size=image_size, batch=batch)
     net = measured_net(model, ckpt, device)
     place = next(net.parameters())
     setting = {"device": str(place.device), "dtype": str(place.dtype).removeprefix("torch.")}
@@ -183,6 +184,7 @@ def benchmark(
         device: cpu, cuda, mps or auto.
         out: JSON file for the result.
     """
+    at_least(1, batch=batch, image_size=image_size, repeats=repeats)
     if routing_space is not None and ckpt is not None:
         raise UserError(
             "--routing-space is for untrained networks: a checkpoint's gate has its own",
@@ -275,6 +277,7 @@ def search_routes(
         data: changes to the data of the checkpoint, such as --data.root DIR.
         device: auto, cpu, cuda or mps.
     """
+    at_least(2, count=count)
     saved, net = open_network(ckpt, weights, device)
     everything = with_space(net, range(net.num_routes)).to(next(net.parameters()).device)
     table = collect(everything, open_data(saved, data).calibration_loader())

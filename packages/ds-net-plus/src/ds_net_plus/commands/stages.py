@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
-from ds_net_plus.commands.common import beside, open_data, open_network, parse_numbers
+from ds_net_plus.commands.common import at_least, beside, open_data, open_network, parse_numbers
 from ds_net_plus.evaluate import (
     RouteTable,
     calibrate_tau,
@@ -45,6 +45,7 @@ def recalibrate(
         data: changes to the data of the checkpoint, such as --data.root DIR.
         device: auto, cpu, cuda or mps.
     """
+    at_least(1, batches=batches)
     saved, _ = open_network(ckpt, "ema", device)
     source = open_data(saved, data)
     chosen = None if routes is None else parse_numbers(routes, int, "--routes")
@@ -115,6 +116,8 @@ def train_gate(
         data: changes to the data of the checkpoint, such as --data.root DIR.
         device: auto, cpu, cuda or mps.
     """
+    at_least(1, steps=steps, epochs=epochs, batch_size=batch_size)
+    at_least(0, lr=lr, weight_decay=weight_decay, smoothing=smoothing)
     saved, net = open_network(ckpt, weights, device)
     changes = dict(data or {}) | ({} if gate_split is None else {"gate_split": gate_split})
     source = open_data(saved, changes | {"train_on": "gate", "batch_size": batch_size})

@@ -74,6 +74,11 @@ def with_space(net: DynamicNet, space: Sequence[int]) -> DynamicNet:
     Raises:
         UserError: an invalid routing space.
     """
+    if len(space) < 2:
+        raise UserError(
+            f"routing space {list(space)} must be two or more ascending route indices",
+            fix=f"choose from 0 to {net.num_routes - 1}",
+        )
     other = create_model(net.name, **{**net.config, "gate_outputs": len(space)})
     other.routing_space = tuple(space)
     gate = {id(p) for p in net.gate_parameters()}

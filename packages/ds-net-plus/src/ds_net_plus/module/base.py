@@ -1,5 +1,7 @@
 """What both training stages share: evaluation, prediction and checkpoint metadata."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -169,14 +171,38 @@ def check_data(net: DynamicNet, data: ImageData) -> None:
         raise UserError(
             f"the data have {data.num_classes} classes, the network {net.num_classes}",
             where=str(data.hparams["root"] or data.source),
-            fix=f"choose other data, or train with --model.init_args.net "
-            f"'{{num_classes: {data.num_classes}}}'",
+            fix=f"choose other data, or train with --model.net.num_classes {data.num_classes}",
         )
     if data.channels != net.in_channels:
         raise UserError(
             f"the images have {data.channels} channels, the network takes {net.in_channels}",
-            fix=f"give --data.channels {net.in_channels}",
+            fix=f"give --data.channels {net.in_channels}, or train with "
+            f"--model.net.in_channels {data.channels}",
         )
+
+
+_RANGES = {  # of arguments of both stages
+    "lr": (1e-12, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "warmup": (0.0, math.inf),
+    "cooldown": (0.0, math.inf),
+    "random_routes": (0, math.inf),
+    "momentum": (0.0, 1.0),
+    "smoothing": (0.0, 1.0),
+    "ema": (0.0, 1.0),
+}
+
+
+def check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Makes sure that a module's numbers lie where they mean something.
+
+    Raises:
+        UserError: names the first that does not, and its range.
+    """
+    for name, (low, high) in _RANGES.items():
+        if name in arguments and not low <= arguments[name] <= high:
+            wanted = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"{name} must be {wanted}, got {arguments[name]}")
 
 
 def parse_route(net: DynamicNet, route: str | int) -> int | str | None:

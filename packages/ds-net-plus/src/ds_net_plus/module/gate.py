@@ -11,7 +11,7 @@ from ds_net_plus.checkpoint import load_net
 from ds_net_plus.data import Batch
 from ds_net_plus.losses import GateLoss
 from ds_net_plus.model import check_statistics, reset_gate, with_space
-from ds_net_plus.module.base import NetModule
+from ds_net_plus.module.base import NetModule, check_numbers
 from ds_net_plus.steps import Stage2Output, gate_objective
 from tenfold.errors import UserError
 
@@ -104,6 +104,7 @@ class GateModule(NetModule):
             arch, net = supernet.name, supernet.config
         super().__init__(arch, net, route, tau, budget, eval_gumbel)
         self.save_hyperparameters()
+        check_numbers(self.hparams)
         # the checkpoint of this run has all that came from the supernet's
         self.hparams.update(arch=arch, net=net, init_from=None)
         if supernet is not None:

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ds_net_plus.checkpoint import load_net
 from ds_net_plus.data import Batch
 from ds_net_plus.model import DynamicNet
-from ds_net_plus.module.base import NetModule
+from ds_net_plus.module.base import NetModule, check_numbers
 from ds_net_plus.steps import (
     DISTILL_MODES,
     drop_zero_gradients,
@@ -113,6 +113,7 @@ class SupernetModule(NetModule):
         ):
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_numbers(self.hparams)
         self.automatic_optimization = False
         if init_from is not None:
             start_from(self.net, init_from)
