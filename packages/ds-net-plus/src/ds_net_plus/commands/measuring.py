@@ -240,18 +240,27 @@ def observed_choice(
 def compare_execution(
     net: DynamicNet, choice: torch.Tensor, size: int, repeats: int
 ) -> dict[str, Any]:
-    """Times of all rivals, their ratios to the widest route, and the MAdds ratio."""
+    """Times of all rivals, their ratios to the widest route, and the MAdds ratio.
+
+    The masked rivals take turns with the widest route in a round of their own: their activations
+    are so large that whatever ran after them would pay for fresh pages.
+    """
     x = example_images(net, len(choice), size)
-    timings = time_networks(execution_rivals(net, choice, size), x, repeats)
+    rivals = execution_rivals(net, choice, size)
+    large = {name: run for name, run in rivals.items() if name.startswith("masked")}
+    lean = {name: run for name, run in rivals.items() if name not in large}
+    timings, ratios = {}, {}
+    for group in (large | {"widest": rivals["widest"]}, lean):
+        round_ = time_networks(group, x, repeats)
+        ratios |= {n: t.median_ms / round_["widest"].median_ms for n, t in round_.items()}
+        timings |= round_
     costs = np.array(net.space_madds(size))
     return {
         "routing_space": list(net.routing_space),
         "counts": choice.bincount(minlength=len(costs)).tolist(),
         "image_size": size,
-        "ms": {name: timing.as_dict() for name, timing in timings.items()},
-        "time_ratio": {
-            name: timing.median_ms / timings["widest"].median_ms for name, timing in timings.items()
-        },
+        "ms": {name: timings[name].as_dict() for name in rivals},
+        "time_ratio": {name: ratios[name] for name in rivals},
         "madds_ratio": float(costs[choice.numpy()].mean() / costs[-1]),
         "busy": any(timing.busy for timing in timings.values()),
     }
