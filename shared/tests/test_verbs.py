@@ -79,6 +79,13 @@ def test_a_fit_that_names_nothing_takes_the_demo_recipe(run, app, tmp_path):
     resumed = plan_run(app, "fit", ["--resume", "auto"])
     assert resumed.checkpoint == Path("runs/tenfold/demo/last.ckpt")
     assert "--config=runs/tenfold/demo/config.yaml" in resumed.argv  # of that run, not the recipe
+    recipe, own = [
+        config
+        for config in plan_run(app, "fit", ["--config", "demo", "--resume", "auto"]).argv
+        if config.endswith(".yaml")
+    ]
+    assert recipe.endswith("recipes/demo.yaml")
+    assert own == "--config=runs/tenfold/demo/config.yaml"  # the lr of 0.3 is in it
     assert plan_run(app, "fit", []).folder.name == "demo-2"
     assert run("validate --ckpt auto") == 0  # what fit has just left
 

@@ -176,6 +176,9 @@ def test_a_folder_with_another_run_is_refused(trained, data, tmp_path):
         train_gate(
             trained.evaluated(), table, tmp_path, steps=3, seed=1, sgs="ladder", progress=False
         )
+    train_gate(trained.evaluated(), table, tmp_path, steps=9, progress=False)
+    with pytest.raises(UserError, match="epochs 3 -> 2"):
+        train_gate(trained.evaluated(), table, tmp_path, steps=6, progress=False)
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -105,6 +105,7 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
     An argument of the model comes from the command line, else from the checkpoint, else from the
     last `--config` that has it; one of the data from the command line, else the last `--config`,
     else the checkpoint. A command that names neither recipe, model nor checkpoint takes `DEFAULT`.
+    A fit that goes on takes the config of the run that it goes on with, over its recipe.
     """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("-c", "--config", action="append", default=[])
