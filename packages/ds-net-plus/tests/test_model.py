@@ -127,21 +127,35 @@ def test_tau_moves_the_decision_to_cheaper_routes(net, images):
     assert means[0] >= means[1] >= means[2]
 
 
-@given(choice=st.lists(st.integers(0, 3), min_size=0, max_size=40))
+@given(choice=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40))
 @settings(max_examples=50, deadline=None)
 def test_grouping_keeps_the_order_for_any_mix(choice):
-    features = torch.arange(len(choice), dtype=torch.float32)[:, None]
-    sizes = []
+    """Two gates: each image's features collect the routes, its own logits decide."""
+    space = (2, 3, 5, 7)
+    number = torch.arange(len(choice), dtype=torch.float32)[:, None]
+    wanted = torch.tensor(choice, dtype=torch.int64).view(-1, 2)
+    calls = []
 
-    def run(group, j):
-        sizes.append(len(group))
-        return torch.cat([group, torch.full_like(group, j)], 1)
+    def decide(logits, gate):
+        assert logits[:, 0].tolist() == list(range(len(choice)))  # the images' own, in order
+        return wanted[:, gate]
 
-    result = run_grouped(features, torch.tensor(choice, dtype=torch.int64), run, 2)
-    assert result[:, 0].tolist() == list(range(len(choice)))
-    assert result[:, 1].tolist() == choice
-    assert len(sizes) == len(set(choice))
-    assert min(sizes, default=1) > 0
+    def enter(x, gate, before, route):
+        calls.append(("enter", gate, before, route))
+        assert x.shape[1] == (1 if before is None else 3)
+        return torch.cat([x, x.new_full((len(x), 1), before or 0)], 1)
+
+    def stage(x, gate, route, index):
+        calls.append(("stage", gate, route))
+        assert x[:, 0].tolist() == index.tolist()
+        assert len(x) > 0
+        return torch.cat([x, x.new_full((len(x), 1), route)], 1), x[:, :1]
+
+    result, positions = run_grouped(number, number, space, 2, decide, enter, stage)
+    assert torch.equal(positions, wanted)
+    assert len(calls) == len(set(calls))  # once for each pair, once for each route
+    for n, (first, second) in enumerate(choice):
+        assert result[n].tolist() == [n, 0, space[first], space[first], space[second]]
 
 
 def test_choose_routes_by_hand():

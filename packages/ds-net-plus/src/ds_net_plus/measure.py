@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,10 +142,14 @@ def execution_rivals(
     gate = torch.nn.functional.one_hot(choice, len(space)).float()
     gate = gate.to(next(net.parameters()).device)
 
-    def grouped(x: Tensor) -> object:
-        features, logits = runner.front(x)
+    choice = choice.view(len(choice), -1).expand(-1, net.num_gates)
+
+    def decide(logits: Tensor, gate: int, part: slice = slice(None)) -> Tensor:
         net.decide(logits, size=size)  # the decision is part of the cost; the mix is prescribed
-        return runner.run(features, choice, size)
+        return choice[part, gate]
+
+    def grouped(x: Tensor) -> object:
+        return runner.run(*runner.front(x), decide, size)
 
     def masked(x: Tensor) -> object:
         return net.masked_rest(net.front(x).features, gate, space)
@@ -154,7 +159,7 @@ def execution_rivals(
 
     def one_by_one(x: Tensor) -> object:
         return [
-            runner.run(runner.front(x[n : n + 1])[0], choice[n : n + 1], size)
+            runner.run(*runner.front(x[n : n + 1]), partial(decide, part=slice(n, n + 1)), size)
             for n in range(len(x))
         ]
 

@@ -16,6 +16,7 @@ from ds_net_plus.model import (
     RouteLike,
     check_statistics,
 )
+from ds_net_plus.model.grouping import Decide
 from tenfold.errors import UserError
 
 CHUNK_PIXELS = 4 * 224 * 224
@@ -60,9 +61,9 @@ def prepare(module: nn.Module, memory_format: torch.memory_format = torch.channe
 class DynamicRunner:
     """Runs each image on the route its gate chooses, as plain networks on groups of images.
 
-    One shared front, one transfer from device to host, then one call for each route in use. The
-    plain networks have their batch norms folded and contiguous weights; they are built once, at
-    construction, and do not follow later changes of the model.
+    One shared front; for each gate one transfer from device to host and one call for each route in
+    use. The plain networks have their batch norms folded and contiguous weights; they are built
+    once and do not follow later changes of the model.
 
     Example:
         >>> runner = DynamicRunner(model.eval(), tau=0.1)
@@ -76,6 +77,7 @@ class DynamicRunner:
         tau: float = 0.0,
         compile: bool = False,
         memory_format: torch.memory_format = torch.channels_last,
+        share_storage: bool = False,
     ) -> None:
         """Materialises front and routes.
 
@@ -85,6 +87,8 @@ class DynamicRunner:
             tau: price of compute in the gate's decision.
             compile: compile every part; slow to start, fixed batch sizes.
             memory_format: of images, features and weights.
+            share_storage: linear layers stay views of the model's weights, which saves memory and
+                costs nothing; convolutions are copied.
 
         Raises:
             UserError: the gate is untrained, a route outside the routing space, or routes whose
@@ -99,13 +103,15 @@ class DynamicRunner:
                 fix=f"choose from {list(model.routing_space)}",
             )
         check_statistics(model, self.routes)
-        self.front = ChunkedFront(self._ready(model.materialize_front(), compile))
-        self.rests = {
-            route: self._ready(model.materialize_rest(route), compile) for route in self.routes
-        }
+        self.compile, self.share_storage = compile, share_storage
+        self.front = ChunkedFront(self._ready(model.materialize_front()))
+        self.parts: dict[tuple[str, int, int | None, int], Any] = {}
+        for gate in range(model.num_gates):
+            for route in self.routes:
+                self._part(("stage", gate, None, route))
 
-    def _ready(self, module: nn.Module, compile: bool) -> Any:
-        if not compile:
+    def _ready(self, module: nn.Module) -> Any:
+        if not self.compile:
             return prepare(module, self.memory_format)
         module = module.to(memory_format=self.memory_format).requires_grad_(False).eval()  # pyright: ignore[reportCallIssue]
         return torch.compile(module, dynamic=False)  # fuses by itself
@@ -117,15 +123,46 @@ class DynamicRunner:
         Raises:
             UserError: an image whose gate logits are not finite.
         """
+        size = x.shape[-1]
         features, gate_logits = self.front(x.contiguous(memory_format=self.memory_format))
-        choice = self.model.decide(gate_logits, self.tau, x.shape[-1], self.routes)
-        return self.run(features, choice, x.shape[-1])
 
-    def run(self, features: Tensor, choice: Tensor, size: int) -> DynamicOutput:
-        """The part after the decision, for positions in the routing space given on the host."""
+        def decide(logits: Tensor, gate: int) -> Tensor:
+            return self.model.decide(logits, self.tau, size, self.routes)
+
+        return self.run(features, gate_logits, decide, size)
+
+    def run(
+        self, features: Tensor, gate_logits: Tensor, decide: Decide, size: int
+    ) -> DynamicOutput:
+        """The part behind the front, with decisions of any origin.
+
+        Args:
+            features: the plain front's.
+            gate_logits: the first gate's.
+            decide: (gate logits, gate) -> positions in the routing space, on the host.
+            size: image side that costs are stated for.
+        """
         return self.model.dispatch(
-            features,
-            choice,
-            lambda group, route: self.rests[route](group),
-            self.model.space_madds(size),
+            features, gate_logits, decide, enter=self._enter, stage=self._stage, size=size
         )
+
+    def _enter(self, x: Tensor, gate: int, before: int | None, route: int) -> Tensor:
+        return self._part(("enter", gate, before, route))(x)
+
+    def _stage(
+        self, x: Tensor, gate: int, route: int, index: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        outputs = self._part(("stage", gate, None, route))(x)
+        return outputs if isinstance(outputs, tuple) else (outputs, None)
+
+    def _part(self, key: tuple[str, int, int | None, int]) -> Any:
+        """A plain part, built when it is first needed: few of all pairs of routes ever are."""
+        if key not in self.parts:
+            kind, gate, before, route = key
+            module = (
+                self.model.materialize_enter(gate, before, route)
+                if kind == "enter"
+                else self.model.materialize_stage(gate, route, share_storage=self.share_storage)
+            )
+            self.parts[key] = self._ready(module)
+        return self.parts[key]

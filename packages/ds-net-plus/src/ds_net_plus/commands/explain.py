@@ -92,9 +92,8 @@ def explain_images(
     for batch in track(source.predict_dataloader(), label="explaining"):
         front = net.front(batch.image.to(place))
         logits = net.gate_logits(front.gate_input)
-        scores, madds = net.scores(logits), net.space_madds(batch.image.shape[-1])
-        choice = net.decide(logits, tau, batch.image.shape[-1])
-        output = net.dispatch(front.features, choice, net.rest, madds)
+        scores, size = net.scores(logits), batch.image.shape[-1]
+        output = net.dispatch(front.features, logits, net.decider(batch.image, tau), size=size)
         check_finite(output.logits, first=len(rows))
         probability = scores if net.gate_score == "probability" else logits.softmax(1)
         score, label = output.logits.softmax(1).max(1)

@@ -8,14 +8,16 @@ from ds_net_plus.model.base import (
     PlainRoute,
     Route,
     RouteLike,
+)
+from ds_net_plus.model.checks import (
     check_finite,
     check_statistics,
-    choose_routes,
     count_madds,
-    run_grouped,
     tau_for_budget,
 )
 from ds_net_plus.model.cnn import DSConvNet
+from ds_net_plus.model.features import Features
+from ds_net_plus.model.grouping import choose_routes, run_grouped
 from ds_net_plus.model.mobilenet import DSMobileNet
 from ds_net_plus.model.registry import MODELS, create_model, reset_gate, with_space
 
@@ -26,6 +28,7 @@ __all__ = [
     "DSMobileNet",
     "DynamicNet",
     "DynamicOutput",
+    "Features",
     "Front",
     "PlainRoute",
     "Route",

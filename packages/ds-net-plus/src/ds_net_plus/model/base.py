@@ -1,20 +1,20 @@
-"""What every dynamic network shares: routes, the gate's decision and grouped execution."""
+"""What every dynamic network shares: routes, the gates' decisions and grouped execution."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ds_net_plus.layers import SwitchableBN
+from ds_net_plus.model.features import Features, Maps, feature_maps
+from ds_net_plus.model.grouping import Decide, Enter, Stage, choose_routes, run_grouped
 from tenfold.errors import UserError
 
 LARGEST = "largest"
-RouteLike = int | str
+RouteLike = int | str | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,12 @@ class Route:
 
 
 class Front(NamedTuple):
-    """What the fixed front hands on: features for the routes, a vector for the slimming head."""
+    """What the fixed front or a stage hands on: features, and a vector for the next gate.
 
-    features: Float[Tensor, "batch channels height width"]
+    Behind the last stage the features are class logits and the vector is empty.
+    """
+
+    features: Float[Tensor, "batch *shape"]
     gate_input: Float[Tensor, "batch hidden"]
 
 
@@ -50,20 +53,25 @@ class DynamicOutput(NamedTuple):
 
 
 class DynamicNet(nn.Module):
-    """A network with a fixed front, one gate and `num_routes` nested routes behind it.
+    """A network with a fixed front and, behind one gate or several, nested routes.
 
-    A family supplies `front`, `rest`, `masked_rest`, `gate_logits`, `gate_parameters`,
-    `route_widths`, `madds`, `active_params`, `materialize_front` and `materialize_rest`.
+    A route is an index k (the same at every gate), one index for each gate, or "largest". A family
+    supplies `front`, `rest`, `masked_rest`, `gate_logits`, `gate_parameters`, `route_widths`,
+    `madds`, `active_params`, `map_channels`, `materialize_front` and `materialize_rest`; with
+    several gates also `enter`, `stage`, `masked_stage`, `widen`, `gate_heads` and the plain forms
+    of the first two, of which the whole rest of the network is the default.
 
     Attributes:
         name: registered name of the configuration.
         config: the constructor's arguments.
         num_routes, num_classes, in_channels, image_size: what the configuration fixes.
-        gate_outputs: number of outputs of the slimming head.
+        num_gates: how many decisions an image meets.
+        gate_outputs: number of outputs of every slimming head.
         gate_score: what a gate output means: "logit" (paper) or "probability" (value gate).
         gate_trained: False where a checkpoint says that its gate was never trained, else None
             (unknown) or True.
         budgets: (tau, mean MAdds) pairs found by `calibrate-budget`, tau ascending.
+        default_route: what `forward` runs when it is told nothing; None leaves it to the gate.
     """
 
     name: str
@@ -73,6 +81,7 @@ class DynamicNet(nn.Module):
     in_channels: int
     image_size: int
     gate_outputs: int
+    num_gates: int = 1
 
     def __init__(self) -> None:
         """Starts with the gate untrained as far as is known."""
@@ -80,13 +89,21 @@ class DynamicNet(nn.Module):
         self.gate_score = "logit"
         self.gate_trained: bool | None = None
         self.budgets: list[tuple[float, float]] = []
+        self.default_route: RouteLike | None = None
         self._routing_space: tuple[int, ...] = ()
+        self._costs: dict[tuple, int] = {}
 
-    def front(self, x: Tensor, largest: bool = False) -> Front:
-        """Runs the part that every route shares (in mode `largest`, its widest form)."""
+    def front(self, x: Tensor, largest: bool = False, maps: Maps | None = None) -> Front:
+        """Runs the part that every route shares (in mode `largest`, its widest form).
+
+        Args:
+            x: images.
+            largest: the widest form.
+            maps: collects the last feature map of each stride.
+        """
         raise NotImplementedError
 
-    def rest(self, features: Tensor, route: RouteLike) -> Tensor:
+    def rest(self, features: Tensor, route: RouteLike, maps: Maps | None = None) -> Tensor:
         """Class logits of one route, from the front's features."""
         raise NotImplementedError
 
@@ -94,13 +111,17 @@ class DynamicNet(nn.Module):
         """Class logits from a dense run at the widest route of `space`, masked by `gate`."""
         raise NotImplementedError
 
-    def gate_logits(self, gate_input: Tensor) -> Tensor:
-        """The slimming head: (batch, gate_outputs), output j standing for routing_space[j]."""
+    def gate_logits(self, gate_input: Tensor, gate: int = 0) -> Tensor:
+        """A slimming head: (batch, gate_outputs), output j standing for routing_space[j]."""
         raise NotImplementedError
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """The parameters that Stage II trains; the last one is the weight of the output layer."""
+        """The parameters that Stage II trains; the weights of the output layers come last."""
         raise NotImplementedError
+
+    def gate_heads(self) -> list[nn.Parameter]:
+        """The weight of the output layer of every gate."""
+        return self.gate_parameters()[-1:]
 
     def route_widths(self, route: RouteLike) -> tuple[int, ...]:
         """Active widths of the gated stages on one route."""
@@ -114,13 +135,57 @@ class DynamicNet(nn.Module):
         """Parameters that one route uses, the slimming head not counted."""
         raise NotImplementedError
 
+    def map_channels(self) -> dict[int, int]:
+        """Widths of the feature maps of mode "largest", by stride."""
+        raise NotImplementedError
+
     def materialize_front(self, largest: bool = False, fold_bn: bool = True) -> nn.Module:
         """Plain module of the front: image -> (features, gate logits)."""
         raise NotImplementedError
 
-    def materialize_rest(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
-        """Plain module of what follows the front on one route: features -> class logits."""
+    def materialize_rest(
+        self, route: RouteLike, fold_bn: bool = True, share_storage: bool = False
+    ) -> nn.Module:
+        """Plain module of what follows the front on one route: features -> class logits.
+
+        Args:
+            route: a route.
+            fold_bn: fold the batch norms into the convolutions; else they stay layers.
+            share_storage: linear layers stay views of this network's weights, where they can.
+        """
         raise NotImplementedError
+
+    def enter(self, features: Tensor, gate: int, route: int) -> Tensor:
+        """The layers behind a gate that read the width of the stage before; none with one gate."""
+        return features
+
+    def stage(self, features: Tensor, gate: int, route: int, maps: Maps | None = None) -> Front:
+        """What follows `enter` up to and with the next gate's attention, or to the class logits."""
+        return Front(self.rest(features, route, maps), features.new_empty(len(features), 0))
+
+    def masked_stage(
+        self, features: Tensor, gate: int, choice: Tensor, space: Sequence[int]
+    ) -> Front:
+        """`enter` and `stage` in a dense run at the widest route of `space`, masked by `choice`."""
+        return Front(
+            self.masked_rest(features, choice, space), features.new_empty(len(features), 0)
+        )
+
+    def widen(self, features: Tensor, gate: int) -> Tensor:
+        """Features in front of a gate, zero-padded to those of the widest route."""
+        return features
+
+    def materialize_enter(
+        self, gate: int, before: int | None, route: int, fold_bn: bool = True
+    ) -> nn.Module:
+        """Plain module of `enter`, for the route `before` of the last stage."""
+        return nn.Identity()
+
+    def materialize_stage(
+        self, gate: int, route: int, fold_bn: bool = True, share_storage: bool = False
+    ) -> nn.Module:
+        """Plain module of `stage`: features -> (features, gate logits), or -> class logits."""
+        return self.materialize_rest(route, fold_bn, share_storage)
 
     def materialize(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
         """The whole sub-network as a plain module: image -> class logits.
@@ -140,6 +205,12 @@ class DynamicNet(nn.Module):
             for k in range(self.num_routes)
         ]
 
+    def path(self, route: RouteLike) -> tuple[int, ...]:
+        """The index at every gate; that of the last width in mode "largest"."""
+        if isinstance(route, tuple):
+            return route
+        return (self.num_routes - 1 if route == LARGEST else int(route),) * self.num_gates
+
     @property
     def routing_space(self) -> tuple[int, ...]:
         """The routes among which the gate chooses, one for each output of the slimming head."""
@@ -153,12 +224,18 @@ class DynamicNet(nn.Module):
         """Returns a valid route.
 
         Raises:
-            UserError: not "largest" and not an index below `num_routes`; the line lists them all.
+            UserError: not "largest", not an index below `num_routes` and not one such index for
+                each gate; the line lists them all.
         """
         if route == LARGEST or (isinstance(route, int) and 0 <= route < self.num_routes):
             return route
+        if isinstance(route, tuple | list) and len(route) == self.num_gates:
+            if all(isinstance(k, int) and 0 <= k < self.num_routes for k in route):
+                return tuple(route) if self.num_gates > 1 else route[0]
+        several = f", {self.num_gates} of them for the gates," if self.num_gates > 1 else ""
         raise UserError(
-            f"route {route!r} does not exist", fix=f"choose {self._listing()} or 'largest'"
+            f"route {route!r} does not exist",
+            fix=f"choose {self._listing()}{several} or 'largest'",
         )
 
     def check_space(self, space: Sequence[int]) -> tuple[int, ...]:
@@ -196,8 +273,8 @@ class DynamicNet(nn.Module):
         Raises:
             UserError: the checkpoint says that the gate is untrained, or its output layer is zero.
         """
-        weight = self.gate_parameters()[-1]
-        if self.gate_trained is False or not bool(weight.detach().any()):
+        zero = any(not bool(weight.detach().any()) for weight in self.gate_heads())
+        if self.gate_trained is False or zero:
             raise UserError(
                 "the gate of this network has not been trained",
                 fix="run train-gate on the checkpoint, or choose a static --route",
@@ -209,16 +286,17 @@ class DynamicNet(nn.Module):
         route: RouteLike | None = None,
         *,
         tau: float = 0.0,
-        noise: Float[Tensor, "batch outputs"] | None = None,
+        noise: Float[Tensor, "batch *gates outputs"] | None = None,
     ) -> Float[Tensor, "batch classes"] | DynamicOutput:
-        """Runs one static route, or lets the gate choose a route for each image.
+        """Runs one static route, or lets the gates choose a route for each image.
 
         Args:
             x: normalised images.
-            route: a route index or "largest"; None for dynamic inference.
-            tau: price of compute in the gate's decision, see `choose_routes` (dynamic only).
-            noise: added to the route logits before the decision; Gumbel noise here reproduces
-                the official evaluation (dynamic only).
+            route: a route index, one for each gate, or "largest"; None for `default_route`, and
+                where that is None too for dynamic inference.
+            tau: price of compute in the gates' decisions, see `choose_routes` (dynamic only).
+            noise: added to the route logits before the decision, (batch, gates, outputs) with
+                several gates; Gumbel noise here reproduces the official evaluation (dynamic only).
 
         Returns:
             Class logits of the static route, or a `DynamicOutput`.
@@ -226,19 +304,35 @@ class DynamicNet(nn.Module):
         Raises:
             UserError: no such route, an untrained gate, or an image that is not finite.
         """
+        route = self.default_route if route is None else route
         if route is not None:
             route = self.check_route(route)
             return self.rest(self.front(x, largest=route == LARGEST).features, route)
         if not self.gate_trained:  # a look at the weights would wait for the device
             self.check_gate()
-        front = self.front(x)
-        logits = self.gate_logits(front.gate_input)
-        choice = self.decide(logits if noise is None else logits + noise, tau, x.shape[-1])
-        return self.dispatch(front.features, choice, self.rest, self.space_madds(x.shape[-1]))
+        features, gate_input = self.front(x)
+        decide = self.decider(x, tau, noise)
+        return self.dispatch(features, self.gate_logits(gate_input), decide, size=x.shape[-1])
+
+    def decider(self, x: Tensor, tau: float, noise: Tensor | None = None) -> Decide:
+        """The decision of every gate, for images of the size of `x`."""
+
+        def decide(gate_logits: Tensor, gate: int) -> Tensor:
+            if noise is not None:
+                gate_logits = gate_logits + (noise if noise.ndim == 2 else noise[:, gate])
+            return self.decide(gate_logits, tau, x.shape[-1])
+
+        return decide
 
     def space_madds(self, size: int | None = None) -> list[int]:
         """MAdds of every route of the routing space."""
-        return [self.madds(route, size) for route in self.routing_space]
+        return [self._cost(route, size) for route in self.routing_space]
+
+    def _cost(self, route: RouteLike, size: int | None) -> int:
+        key = (route, size or self.image_size)
+        if key not in self._costs:
+            self._costs[key] = self.madds(route, size)
+        return self._costs[key]
 
     def decide(
         self,
@@ -247,9 +341,10 @@ class DynamicNet(nn.Module):
         size: int | None = None,
         routes: Sequence[int] | None = None,
     ) -> Tensor:
-        """Positions in the routing space that the gate chooses, on the host.
+        """Positions in the routing space that a gate chooses, on the host.
 
-        The only transfer from device to host in dynamic inference.
+        The only transfer from device to host of a gate in dynamic inference. Every gate pays the
+        price of the whole route, so that one tau means the same at all of them.
 
         Args:
             gate_logits: the slimming head's output.
@@ -283,18 +378,98 @@ class DynamicNet(nn.Module):
     def dispatch(
         self,
         features: Tensor,
-        choice: Int[Tensor, " batch"],
-        run: Callable[[Tensor, int], Tensor],
-        madds: Sequence[int],
+        gate_logits: Tensor,
+        decide: Decide,
+        *,
+        enter: Enter | None = None,
+        stage: Stage | None = None,
+        size: int | None = None,
     ) -> DynamicOutput:
-        """Runs each image's route on groups of images that share it; keeps the batch order."""
-        space = torch.tensor(self.routing_space)
-        logits = run_grouped(
-            features, choice, lambda group, j: run(group, self.routing_space[j]), self.num_classes
+        """Runs each image's route on groups of images that share weights; keeps the batch order.
+
+        Args:
+            features: the front's.
+            gate_logits: the first gate's.
+            decide: makes every gate's decision for the batch.
+            enter: runs `enter`; this network's own where None.
+            stage: runs `stage`; this network's own where None.
+            size: image side that costs are stated for; the network's own where None.
+        """
+        logits, positions = run_grouped(
+            features,
+            gate_logits,
+            self.routing_space,
+            self.num_gates,
+            decide,
+            enter or (lambda x, gate, before, route: self.enter(x, gate, route)),
+            stage or self.run_stage,
         )
-        device = features.device
-        costs = torch.tensor(madds, dtype=torch.int64)[choice]
-        return DynamicOutput(logits, space[choice][:, None].to(device), costs.to(device))
+        if not len(positions):
+            logits = features.new_empty((0, self.num_classes))
+        routes, costs = self._chosen(positions, size)
+        return DynamicOutput(logits, routes.to(logits.device), costs.to(logits.device))
+
+    def run_stage(
+        self, x: Tensor, gate: int, route: int, index: Tensor, maps: Maps | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`stage` as `run_grouped` wants it: features, and the next gate's logits if there is one.
+
+        Args:
+            x: features behind `enter`.
+            gate: number of the gate.
+            route: route of the stage.
+            index: images of the group, not used.
+            maps: collects the last feature map of each stride.
+        """
+        features, gate_input = self.stage(x, gate, route, maps)
+        last = gate + 1 == self.num_gates
+        return features, None if last else self.gate_logits(gate_input, gate + 1)
+
+    def _chosen(self, positions: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
+        """Routes and MAdds of positions in the routing space, on the host."""
+        routes = torch.tensor(self.routing_space)[positions]
+        costs = [
+            self._cost(path[0] if self.num_gates == 1 else tuple(path), size)
+            for path in routes.tolist()
+        ]
+        return routes, torch.tensor(costs, dtype=torch.int64)
+
+    def feature_channels(self, levels: Sequence[int] = (8, 16, 32)) -> list[int]:
+        """Channels of the maps of `features`.
+
+        Raises:
+            UserError: a level that the network does not have.
+        """
+        known = self.map_channels()
+        unknown = [level for level in levels if level not in known]
+        if unknown or not levels:
+            raise UserError(
+                f"{self.name} has no feature map of stride {', '.join(map(str, unknown))}",
+                fix=f"choose levels from {', '.join(map(str, sorted(known)))}",
+            )
+        return [known[level] for level in levels]
+
+    def features(
+        self,
+        x: Float[Tensor, "batch colours height width"],
+        route: RouteLike | None = None,
+        levels: Sequence[int] = (8, 16, 32),
+        tau: float = 0.0,
+    ) -> Features:
+        """Feature maps for a detector, on one route or on those that the gates choose.
+
+        Narrow maps are zero-padded: a convolution of a padded map equals the sliced one.
+
+        Args:
+            x: normalised images.
+            route: as in `forward`.
+            levels: strides of the maps, such as 8, 16 and 32.
+            tau: price of compute (dynamic only).
+
+        Raises:
+            UserError: a level or route that does not exist, or an untrained gate.
+        """
+        return feature_maps(self, x, route, levels, tau)
 
     def gate_state(self) -> dict[str, object]:
         """The gate's metadata for a checkpoint; the state dict holds weights alone."""
@@ -325,136 +500,6 @@ class PlainRoute(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Class logits."""
         return self.rest(self.front(x)[0])
-
-
-def choose_routes(
-    scores: Float[Tensor, "batch routes"], madds: Sequence[int], tau: float = 0.0
-) -> Int[Tensor, " batch"]:
-    """argmax_k (score_k - tau * MAdds_k / MAdds_last), the cheapest of equals.
-
-    Args:
-        scores: the gate's opinion of every route.
-        madds: cost of the routes, ascending.
-        tau: price of compute; 0 leaves the decision to the gate alone.
-    """
-    price = torch.tensor([cost / madds[-1] for cost in madds], device=scores.device)
-    return (scores - tau * price.to(scores.dtype)).argmax(1)
-
-
-def run_grouped(
-    features: Tensor,
-    choice: Int[Tensor, " batch"],
-    run: Callable[[Tensor, int], Tensor],
-    outputs: int,
-) -> Float[Tensor, "batch outputs"]:
-    """Gathers the images of each choice, runs each group once, scatters to the batch order.
-
-    Args:
-        features: (batch, ...) on any device.
-        choice: position chosen by each image, on the host.
-        run: maps (group of features, position) to (group, outputs); never sees an empty group.
-        outputs: width of the result, for an empty batch.
-    """
-    used, counts = choice.unique(return_counts=True)
-    if len(used) == 0:
-        return features.new_empty((0, outputs))
-    if len(used) == 1:
-        return run(features, int(used[0]))
-    order = choice.argsort(stable=True).to(features.device)
-    groups = features.index_select(0, order).split(counts.tolist())
-    results = torch.cat([run(g, j) for g, j in zip(groups, used.tolist(), strict=True)])
-    return torch.empty_like(results).index_copy_(0, order, results)
-
-
-def check_finite(logits: Float[Tensor, "batch ..."], first: int = 0) -> None:
-    """Makes sure that class logits mean something.
-
-    Args:
-        logits: of a batch.
-        first: number of the batch's first image.
-
-    Raises:
-        UserError: NaN or infinite logits; names the first image that has them.
-    """
-    bad = (~logits.isfinite().flatten(1).all(1)).nonzero()
-    if len(bad):
-        raise UserError(
-            "the class logits are not finite",
-            where=f"image {first + int(bad[0])}",
-            fix="look for NaN or infinite values in that image or in the weights",
-        )
-
-
-def check_statistics(net: DynamicNet, routes: Sequence[RouteLike]) -> None:
-    """Makes sure that the batch-norm statistics of `routes` were measured.
-
-    Raises:
-        UserError: a set that these routes use still has mean 0 and variance 1 exactly.
-    """
-    used: set[tuple[SwitchableBN, int]] = set()
-    hooks = [
-        bn.register_forward_pre_hook(lambda layer, args: used.add((layer, args[0].shape[1])))  # pyright: ignore[reportArgumentType]
-        for bn in net.modules()
-        if isinstance(bn, SwitchableBN)
-    ]
-    training = net.training
-    parameter = next(net.parameters())
-    try:
-        for route in routes:
-            used.clear()
-            blank = parameter.new_zeros(1, net.in_channels, 32, 32)
-            with torch.no_grad():
-                net.eval()(blank, route=route)
-            for layer, width in used:
-                bn = layer.statistics(width)
-                if not bool(bn.running_mean.any()) and bool((bn.running_var == 1).all()):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-                    raise UserError(
-                        f"batch-norm statistics of route {route} (width {width}) were never "
-                        "measured",
-                        fix="run recalibrate on the checkpoint",
-                    )
-    finally:
-        net.train(training)
-        for hook in hooks:
-            hook.remove()
-
-
-def tau_for_budget(net: DynamicNet, budget: float) -> float:
-    """The tau whose calibrated cost is `budget`, interpolated in the table of `calibrate-budget`.
-
-    A budget above the dearest entry is that entry's tau: more is not wanted by the gate.
-
-    Args:
-        net: a network with `budgets`.
-        budget: target share of the widest routed MAdds, 0..1.
-
-    Raises:
-        UserError: there is no table, or the budget lies outside it.
-    """
-    if not net.budgets:
-        raise UserError(
-            "this checkpoint has no budget table", fix="run calibrate-budget on it, or give --tau"
-        )
-    taus, costs = zip(*sorted(net.budgets, key=lambda pair: pair[1]), strict=True)
-    target = budget * net.madds(net.routing_space[-1])
-    if not costs[0] <= target or budget > 1:
-        low = costs[0] / net.madds(net.routing_space[-1])
-        raise UserError(f"budget {budget} is not feasible", fix=f"choose {low:.3f} to 1")
-    return float(np.interp(target, costs, taus))
-
-
-def count_madds(model: DynamicNet, route: RouteLike, size: int | None = None) -> int:
-    """Multiply-adds of one image on one route: convolutions, gates' attention, pools, classifier.
-
-    Args:
-        model: the network.
-        route: route index or "largest".
-        size: image side in pixels; the network's own where None.
-
-    Raises:
-        UserError: no such route.
-    """
-    return model.madds(model.check_route(route), size)
 
 
 def default_space(num_routes: int, outputs: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from ds_net_plus.model.base import (
     LARGEST,
     DynamicNet,
     Front,
+    Maps,
     RouteLike,
     default_space,
     half,
@@ -198,19 +199,32 @@ class DSConvNet(DynamicNet):
             for block in stage  # pyright: ignore[reportGeneralTypeIssues]
         ]
 
-    def front(self, x: Float[Tensor, "batch colours height width"], largest: bool = False) -> Front:
+    def front(
+        self,
+        x: Float[Tensor, "batch colours height width"],
+        largest: bool = False,
+        maps: Maps | None = None,
+    ) -> Front:
         """The front's convolutions and the moments of their output."""
         for block in self.stem:
             x = block(x, block.conv.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
+        if maps is not None:
+            maps[2] = x
         return Front(x, self.gate.pool(x))
 
     def rest(
-        self, features: Float[Tensor, "batch channels height width"], route: RouteLike
+        self,
+        features: Float[Tensor, "batch channels height width"],
+        route: RouteLike,
+        maps: Maps | None = None,
     ) -> Float[Tensor, "batch classes"]:
         """The gated stages at one route's widths, pool and classifier."""
-        x = features
+        x, stride = features, 2
         for block, width in self._blocks(route):
             x = block(x, width)
+            stride *= block.stride
+            if maps is not None:
+                maps[stride] = x
         x = x.mean((2, 3))
         if self.training and route == LARGEST:
             x = F.dropout(x, self.dropout)
@@ -230,7 +244,7 @@ class DSConvNet(DynamicNet):
         return self.classifier(x.mean((2, 3)))
 
     def gate_logits(
-        self, gate_input: Float[Tensor, "batch pooled"]
+        self, gate_input: Float[Tensor, "batch pooled"], gate: int = 0
     ) -> Float[Tensor, "batch outputs"]:
         """The gate's multilayer perceptron."""
         return self.gate(gate_input)
@@ -244,6 +258,11 @@ class DSConvNet(DynamicNet):
         """Widths of the gated stages."""
         index = -1 if route == LARGEST else int(route)
         return tuple(widths[index] for widths in self.stage_widths)
+
+    def map_channels(self) -> dict[int, int]:
+        """Widths by stride: the front's, then those of the stages."""
+        widths = (self.stem[-1].conv.out_channels, *self.route_widths(LARGEST))  # pyright: ignore[reportAttributeAccessIssue]
+        return {2 ** (s + 1): int(width) for s, width in enumerate(widths)}  # pyright: ignore[reportArgumentType]
 
     def madds(self, route: RouteLike, size: int | None = None) -> int:
         """Convolutions, the head's pool and the classifier; the gate is not counted."""
@@ -273,7 +292,9 @@ class DSConvNet(DynamicNet):
             channels = width
         return PlainFront(nn.Sequential(*layers), self.gate.materialize()).eval()
 
-    def materialize_rest(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
+    def materialize_rest(
+        self, route: RouteLike, fold_bn: bool = True, share_storage: bool = False
+    ) -> nn.Module:
         """Plain stages, pool and classifier: features -> class logits."""
         channels = self.stem[-1].conv.out_channels  # pyright: ignore[reportAttributeAccessIssue]
         layers: list[nn.Module] = []

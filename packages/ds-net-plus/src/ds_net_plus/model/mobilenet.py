@@ -22,6 +22,7 @@ from ds_net_plus.model.base import (
     LARGEST,
     DynamicNet,
     Front,
+    Maps,
     RouteLike,
     default_space,
     half,
@@ -176,25 +177,39 @@ class DSMobileNet(DynamicNet):
         ]
         return blocks[1:]
 
-    def front(self, x: Float[Tensor, "batch colours height width"], largest: bool = False) -> Front:
+    def front(
+        self,
+        x: Float[Tensor, "batch colours height width"],
+        largest: bool = False,
+        maps: Maps | None = None,
+    ) -> Front:
         """Stem, stages before the gate, and the gate block up to its attention."""
         widths = self._widths(LARGEST if largest else 0)
         x = F.silu(self.bn1(self.conv_stem(x, widths[0])))
         for s, block in self._front_blocks():
             x = block(x, widths[s + 1])
+            if maps is not None:
+                maps[self._stride(s)] = x
         x = self._gate_block.depthwise(x)
         gate = self._gate_block.gate
         hidden = gate.squeeze(x)
         return Front(gate.rescale(x, gate.excite(hidden, x.shape[1])), hidden)
 
     def rest(
-        self, features: Float[Tensor, "batch channels height width"], route: RouteLike
+        self,
+        features: Float[Tensor, "batch channels height width"],
+        route: RouteLike,
+        maps: Maps | None = None,
     ) -> Float[Tensor, "batch classes"]:
         """The gate block's pointwise half, the later blocks and the classifier."""
         widths = self._widths(route)
         x = self._gate_block.pointwise(features, widths[self.gate_stage + 1])
+        if maps is not None:
+            maps[self._stride(self.gate_stage)] = x
         for s, block in self._gated_blocks():
             x = block(x, widths[s + 1])
+            if maps is not None:
+                maps[self._stride(s)] = x
         x = x.mean((2, 3))
         if self.training and route == LARGEST:
             x = F.dropout(x, self.dropout)
@@ -216,7 +231,7 @@ class DSMobileNet(DynamicNet):
         return self.classifier(x.mean((2, 3)))
 
     def gate_logits(
-        self, gate_input: Float[Tensor, "batch hidden"]
+        self, gate_input: Float[Tensor, "batch hidden"], gate: int = 0
     ) -> Float[Tensor, "batch outputs"]:
         """W3 h."""
         return self._gate_block.gate.logits(gate_input)
@@ -230,6 +245,15 @@ class DSMobileNet(DynamicNet):
     def route_widths(self, route: RouteLike) -> tuple[int, ...]:
         """Widths of the gated stages."""
         return tuple(self._widths(route)[self.gate_stage + 1 :])
+
+    def _stride(self, s: int) -> int:
+        """Stride of a stage's output."""
+        return self.stem_stride * math.prod(self.strides[: s + 1])
+
+    def map_channels(self) -> dict[int, int]:
+        """Widths by stride, of the last stage that has it."""
+        widths = self._widths(LARGEST)[1:]
+        return {self._stride(s): width for s, width in enumerate(widths)}
 
     def madds(self, route: RouteLike, size: int | None = None) -> int:
         """Closed form: stem, and for each block dw, SE pool, SE, pw; head pool and classifier."""
@@ -277,7 +301,9 @@ class DSMobileNet(DynamicNet):
         layers.append(self._gate_block.gate.materialize(channels, slimming=True))
         return nn.Sequential(*layers).eval()
 
-    def materialize_rest(self, route: RouteLike, fold_bn: bool = True) -> nn.Module:
+    def materialize_rest(
+        self, route: RouteLike, fold_bn: bool = True, share_storage: bool = False
+    ) -> nn.Module:
         """Plain blocks after the gate, pool and classifier: features -> class logits."""
         widths = self._widths(self.check_route(route))
         channels = widths[self.gate_stage + 1]
