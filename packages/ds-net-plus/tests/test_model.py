@@ -1,19 +1,25 @@
 """Networks: the spec's integers, and sliced = masked = materialised = grouped."""
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ds_net_plus.model import (
     DSConvNet,
     DSMobileNet,
+    DSResNet,
+    DSViT,
     check_statistics,
     choose_routes,
     count_madds,
     create_model,
     run_grouped,
 )
+from ds_net_plus.layers import PlainGate, TokenGate
 from tenfold.errors import UserError
 
 MBNET_MADDS = (
@@ -80,30 +86,148 @@ def test_params_of_a_route_are_those_of_its_plain_network(tiny_mbnet):
         assert total + folded - head == net.active_params(route)
 
 
+RESNET = {  # route: GMAdds, parameters in M (spec, section 4.2)
+    (0, 0, 0, 0): (0.379, 2.00), (1, 1, 1, 1): (1.127, 6.93),
+    (2, 2, 2, 2): (2.364, 14.78), (3, 3, 3, 3): (4.089, 25.56),
+    (0, 0, 0, 3): (0.985, None), (1, 1, 1, 3): (1.633, None),
+    (1, 1, 3, 3): (2.731, None), (3, 3, 3, 0): (3.368, None),
+}  # fmt: skip
+# model: GMACs of each route, and what the late embedding adds to them at most (section 4.3)
+VIT = {
+    "ds_vit_tiny": ((0.612, 0.759, 0.904, 1.196), 0),
+    "ds_vit_small": ((1.504, 2.329, 3.153, 4.220), 0),
+    "ds_vit_small_embed": ((1.254, 1.981, 2.902, 4.017), 0.03),
+    "ds_vit_small_depth": ((2.329, 3.085, 3.842, 4.599), 0),
+    "ds_vit_base": ((5.642, 8.840, 12.475, 16.110), 0),
+}
+
+
+def test_resnet50_costs_are_those_of_the_spec():
+    with torch.device("meta"):
+        net = create_model("ds_resnet50")
+    for path, (gmadds, millions) in RESNET.items():
+        assert net.madds(path) / 1e9 == pytest.approx(gmadds, rel=1e-3)
+        if millions is not None:
+            assert round(net.active_params(path) / 1e6, 2) == millions
+    stages = [
+        net.madds(tuple(3 if s == g else 0 for s in range(4))) - net.madds(0) for g in range(4)
+    ]
+    assert net.madds(3) > net.madds(0) + sum(stages)  # neighbours share a width on either side
+    plain = timm.create_model("resnet50")
+    assert net.active_params(3) == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("name", VIT)
+def test_vit_costs_are_those_of_the_spec(name):
+    with torch.device("meta"):
+        net = create_model(name)
+    costs, late = VIT[name]
+    front, last = net.front_widths.features, net.block_widths(3).features
+    for route, cost in zip(net.routes, costs, strict=True):
+        added = max(route.widths[0] - front, 0) * 768 * 196 / 1e9
+        assert added <= late
+        assert route.madds / 1e9 == pytest.approx(cost + added, rel=1e-3)
+    if late:
+        assert max(last - front, 0) * 768 * 196 / 1e9 == pytest.approx(late, abs=0.002)
+
+
+def test_the_widest_depth_route_is_deit_small():
+    with torch.device("meta"):
+        net = create_model("ds_vit_small_depth")
+    plain = timm.create_model("deit_small_patch16_224")
+    assert net.active_params(3) == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("family", ["resnet", "resnet-bn", "resnet-in-block", "vit", "vit-depth"])
+def test_params_of_a_route_are_those_of_its_unfolded_plain_network(families, family):
+    net = families[family]().eval()
+    for route in paths(net):
+        plain = net.materialize(route, fold_bn=False)
+        gates = [m for m in plain.modules() if isinstance(m, PlainGate | TokenGate)]
+        total = sum(p.numel() for p in plain.parameters())
+        total -= sum(p.numel() for gate in gates for p in gate.parameters())
+        assert total == net.active_params(route)
+
+
+@pytest.mark.parametrize("family", ["resnet", "resnet-bn", "resnet-in-block", "vit", "vit-depth"])
+def test_costs_are_what_a_counter_sees(families, family):
+    """PyTorch's own counter, two operations a multiplication, on the plain networks."""
+    net = families[family]().eval()
+    x = torch.zeros(1, net.in_channels, net.image_size, net.image_size)
+    for route in paths(net):
+        plain = net.materialize(route)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            plain(x)
+        gates = [m for m in plain.modules() if isinstance(m, PlainGate | TokenGate)]
+        linear = [m for gate in gates for m in gate.modules() if isinstance(m, torch.nn.Linear)]
+        counted = counter.get_total_flops() // 2 - sum(m.weight.numel() for m in linear)
+        assert counted == net.madds(route)
+
+
+def paths(net) -> list:
+    """Every route and, with several gates, some mixed paths that use every pair of widths."""
+    mixed = []
+    if net.num_gates > 1:
+        mixed = [
+            tuple((start + step * gate) % net.num_routes for gate in range(net.num_gates))
+            for start in range(net.num_routes)
+            for step in range(1, net.num_routes)
+        ]
+    return [*range(net.num_routes), *mixed, "largest"]
+
+
 def test_every_route_equals_its_plain_network(net, images):
-    for route in [*range(net.num_routes), "largest"]:
+    for route in paths(net):
         close(net.materialize(route)(images), net(images, route=route))
+
+
+def test_plain_networks_that_share_storage_equal_their_copies(net, images):
+    features = net.materialize_front()(images)[0]
+    for route in range(net.num_routes):
+        shared = net.materialize_rest(route, share_storage=True)
+        close(shared(features), net.materialize_rest(route)(features))
+    linear = [m for m in shared.modules() if isinstance(m, torch.nn.Linear)][-1]
+    assert linear.weight.data_ptr() == net.classifier.weight.data_ptr()
 
 
 def test_masked_equals_sliced(net, images):
     space = net.routing_space
     features = net.front(images).features
-    choice = torch.arange(len(images)) % len(space)
-    gate = torch.eye(len(space))[choice]
-    masked = net.masked_rest(features, gate, space)
-    for n, j in enumerate(choice.tolist()):
-        close(masked[n : n + 1], net(images[n : n + 1], route=space[j]))
+    choice = torch.stack(
+        [(torch.arange(len(images)) + g * 3 // 2) % len(space) for g in range(net.num_gates)], 1
+    )
+    if getattr(net, "gate_position", "stage") == "in_block":
+        with pytest.raises(UserError, match="mask estimator needs gates in front"):
+            net.masked_stage(features, 0, torch.eye(4)[choice[:, 0]], space)
+        return
+    for gate in range(net.num_gates):
+        features = net.masked_stage(features, gate, torch.eye(4)[choice[:, gate]], space).features
+    for n, path in enumerate(choice.tolist()):
+        route = tuple(space[j] for j in path) if net.num_gates > 1 else space[path[0]]
+        close(features[n : n + 1], net(images[n : n + 1], route=route))
+
+
+def scattering_noise(net, images) -> torch.Tensor:
+    """Noise large enough to send images to all routes, whatever the gates say."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(images), net.num_gates, net.gate_outputs)
+    noise = 1e4 * torch.randn(shape, generator=generator)
+    return noise if net.num_gates > 1 else noise[:, 0]
 
 
 def test_grouped_equals_one_image_at_a_time(net, images):
-    output = net(images)
+    noise = scattering_noise(net, images)
+    output = net(images, noise=noise)
     assert output.logits.shape == (len(images), net.num_classes)
+    assert output.routes.shape == (len(images), net.num_gates)
     assert output.routes.dtype == output.madds.dtype == torch.int64
+    assert len(output.routes.unique()) == net.gate_outputs
     for n in range(len(images)):
-        alone = net(images[n : n + 1])
+        alone = net(images[n : n + 1], noise=noise[n : n + 1])
         assert torch.equal(alone.routes[0], output.routes[n])
         close(output.logits[n : n + 1], alone.logits)
-        route = int(output.routes[n, 0])
+        path = tuple(output.routes[n].tolist())
+        route = path if net.num_gates > 1 else path[0]
         close(alone.logits, net(images[n : n + 1], route=route))
         assert int(output.madds[n]) == count_madds(net, route, images.shape[-1])
 
@@ -111,13 +235,42 @@ def test_grouped_equals_one_image_at_a_time(net, images):
 def test_an_empty_batch_works(net, images):
     output = net(images[:0])
     assert output.logits.shape == (0, net.num_classes)
-    assert output.routes.shape == (0, 1)
+    assert output.routes.shape == (0, net.num_gates)
 
 
 def test_noise_decides_where_it_is_large(net, images):
-    noise = torch.zeros(len(images), net.gate_outputs)
-    noise[:, 2] = 1e6
+    noise = torch.zeros(len(images), net.num_gates, net.gate_outputs)
+    noise[..., 2] = 1e6
+    noise = noise if net.num_gates > 1 else noise[:, 0]
     assert net(images, noise=noise).routes.unique().tolist() == [net.routing_space[2]]
+
+
+def test_feature_maps_of_a_group_are_those_of_its_route(net, images):
+    levels = sorted(net.map_channels())
+    dynamic = net.features(images, levels=levels)
+    assert torch.equal(dynamic.routes, net(images).routes)
+    for n in range(len(images)):
+        path = tuple(dynamic.routes[n].tolist())
+        route = path if net.num_gates > 1 else path[0]
+        static = net.features(images[n : n + 1], route, levels)
+        for level, width, one, all_ in zip(
+            levels, net.feature_channels(levels), static.maps, dynamic.maps, strict=True
+        ):
+            side = images.shape[-1] // level
+            assert one.shape == (1, width, side, side)
+            close(all_[n : n + 1], one)
+    with pytest.raises(UserError, match="choose levels from"):
+        net.features(images, 0, levels=[3])
+
+
+def test_the_last_feature_map_leads_to_the_logits(net, images):
+    level = max(net.map_channels())
+    for route in paths(net):
+        x = net.features(images, route, [level]).maps[0]
+        head = net.classifier.materialize(x.shape[1])
+        if isinstance(net, DSViT):  # its classifier reads the class token instead
+            continue
+        close(head(x.mean((2, 3))), net(images, route=route))
 
 
 def test_tau_moves_the_decision_to_cheaper_routes(net, images):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ds_net_plus.layers import SwitchableBN
 from ds_net_plus.model import DSConvNet
 from ds_net_plus.runner import CHUNK_PIXELS, ChunkedFront, DynamicRunner
 from tenfold.errors import UserError
@@ -16,6 +17,22 @@ def test_runner_equals_the_network(net, images):
         assert torch.equal(actual.madds, expected.madds)
         scale = float(expected.logits.abs().max())
         assert torch.allclose(actual.logits, expected.logits, atol=1e-5 * scale)
+
+
+def test_runner_on_prescribed_paths_equals_the_network(net, images):
+    """Every pair of neighbouring routes occurs, so every plain part is built and used."""
+    runner, space = DynamicRunner(net), net.routing_space
+    pairs = [(j, k) for j in range(len(space)) for k in range(len(space))]
+    x = images[torch.arange(len(pairs)) % len(images)]
+    paths = torch.tensor([(j, k, j)[: net.num_gates] for j, k in pairs])
+    output = runner.run(*runner.front(x), lambda logits, gate: paths[:, gate], x.shape[-1])
+    assert torch.equal(output.routes, torch.tensor(space)[paths])
+    for n, path in enumerate(output.routes.tolist()):
+        route = tuple(path) if net.num_gates > 1 else path[0]
+        expected = net(x[n : n + 1], route=route).detach()
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(output.logits[n : n + 1], expected, rtol=0, atol=1e-5 * scale)
+        assert int(output.madds[n]) == net.madds(route, x.shape[-1])
 
 
 def test_runner_equals_single_images_and_takes_empty_batches(net, images):
@@ -66,6 +83,9 @@ def test_runner_refuses_untrained_gates():
 
 
 def test_runner_refuses_unmeasured_statistics(net):
+    if not any(isinstance(layer, SwitchableBN) for layer in net.modules()):
+        DynamicRunner(net)  # nothing to measure
+        return
     for bn in net.modules():
         if isinstance(bn, torch.nn.BatchNorm2d):
             bn.reset_running_stats()

@@ -11,30 +11,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_net_plus.layers import ConvAct
+from ds_net_plus.layers import ConvAct, activate
 
 
 class FusedConvAct(nn.Module):
-    """`ConvAct` with its batch norm folded in, for float32 inference on a CPU."""
+    """`ConvAct` for float32 inference on a CPU."""
 
     def __init__(self, layer: ConvAct) -> None:
-        """Takes over the weights of `layer`, which must have no batch norm left."""
+        """Takes over the weights of `layer`; a norm that is left runs behind the call."""
         super().__init__()
         conv = layer.conv
         self.weight, self.bias = conv.weight.detach(), conv.bias
         self.how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self.activation = "swish" if layer.act else "none"
+        self.norm, self.act = layer.norm, layer.act
+        fused = layer.act if layer.norm is None else "none"
+        self.activation = {"silu": "swish"}.get(fused, fused)
         self.packed = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """SiLU(conv(x)); the first call decides how the weights are packed."""
+        """act(norm(conv(x))); the first call decides how the weights are packed."""
         ops = torch.ops.mkldnn
         if not self.packed:
             shape = list(x.shape)
             self.weight = ops._reorder_convolution_weight(self.weight, *self.how, shape)
             self.packed = True
         arguments = (self.weight, self.bias, *self.how, self.activation, [], "")
-        return ops._convolution_pointwise(x, *arguments)
+        y = ops._convolution_pointwise(x, *arguments)
+        return y if self.norm is None else activate(self.norm(y), self.act)
 
 
 @cache
@@ -62,7 +65,7 @@ def fuse(network: nn.Module) -> nn.Module:
         if isinstance(child, ConvAct):
             weight = child.conv.weight
             fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-            if fits and child.bn is None and works():
+            if fits and works():
                 setattr(network, name, FusedConvAct(child))
         else:
             fuse(child)

@@ -1,6 +1,8 @@
 """Sliceable layers, the double-headed gate, and the blocks made of them."""
 
 from ds_net_plus.layers.blocks import DSDepthwiseSeparable, DSInvertedResidual, make_divisible
+from ds_net_plus.layers.bottleneck import DSBottleneck
+from ds_net_plus.layers.embedding import PatchEmbedding
 from ds_net_plus.layers.gate import MultiHeadGate, PlainGate
 from ds_net_plus.layers.norm import BN_EPS, DSGroupNorm, DSLayerNorm, SwitchableBN
 from ds_net_plus.layers.slicing import (
@@ -8,15 +10,19 @@ from ds_net_plus.layers.slicing import (
     DSConv2d,
     DSDepthwiseConv2d,
     DSLinear,
+    activate,
     apply_channel_mask,
     channel_mask,
     check_widths,
     init_official,
 )
+from ds_net_plus.layers.transformer import DSBlock, TokenGate
 
 __all__ = [
     "BN_EPS",
     "ConvAct",
+    "DSBlock",
+    "DSBottleneck",
     "DSConv2d",
     "DSDepthwiseConv2d",
     "DSDepthwiseSeparable",
@@ -25,8 +31,11 @@ __all__ = [
     "DSLayerNorm",
     "DSLinear",
     "MultiHeadGate",
+    "PatchEmbedding",
     "PlainGate",
     "SwitchableBN",
+    "TokenGate",
+    "activate",
     "apply_channel_mask",
     "channel_mask",
     "check_widths",

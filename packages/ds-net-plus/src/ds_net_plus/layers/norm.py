@@ -133,6 +133,15 @@ class DSGroupNorm(nn.GroupNorm):
         groups = width // self.group_size
         return F.group_norm(input, groups, self.weight[:width], self.bias[:width], self.eps)
 
+    def masked(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        gate: Float[Tensor, "batch routes"],
+        widths: Sequence[int],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The norm at widths[-1], masked to each sample's width: no group crosses a width."""
+        return apply_channel_mask(self(x), channel_mask(gate, widths))
+
     def materialize(self, width: int) -> nn.GroupNorm:
         """The plain group norm of one width."""
         plain = nn.GroupNorm(width // self.group_size, width, self.eps)
@@ -152,6 +161,19 @@ class DSLayerNorm(nn.LayerNorm):
         """Normalises the last dimension, whatever its width."""
         width = input.shape[-1]
         return F.layer_norm(input, (width,), self.weight[:width], self.bias[:width], self.eps)
+
+    def masked(
+        self,
+        x: Float[Tensor, "batch tokens features"],
+        mask: Float[Tensor, "batch 1 features"],
+    ) -> Float[Tensor, "batch tokens features"]:
+        """Normalises over the features that each sample's mask keeps, and masks the result."""
+        count = mask.sum(-1, keepdim=True)
+        mean = (x * mask).sum(-1, keepdim=True) / count
+        var = ((x - mean).square() * mask).sum(-1, keepdim=True) / count
+        width = x.shape[-1]
+        y = (x - mean) * torch.rsqrt(var + self.eps) * self.weight[:width] + self.bias[:width]
+        return y * mask
 
     def materialize(self, width: int) -> nn.LayerNorm:
         """The plain layer norm of one width."""

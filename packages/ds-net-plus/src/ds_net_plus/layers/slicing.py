@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from tenfold.attention import slice_linear
 from tenfold.errors import UserError
 
 
@@ -166,39 +167,48 @@ class DSLinear(nn.Linear):
         """W[:, :in_] x + b."""
         return F.linear(input, self.weight[:, : input.shape[-1]], self.bias)
 
-    def materialize(self, in_: int) -> nn.Linear:
-        """The plain linear layer of one input width."""
-        plain = nn.Linear(
-            in_,
-            self.out_features,
-            self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        plain.weight.data = self.weight[:, :in_].detach().clone()
-        if self.bias is not None:
-            plain.bias.data = self.bias.detach().clone()
-        return plain
+    def materialize(self, in_: int, share_storage: bool = False) -> nn.Linear:
+        """The plain linear layer of one input width, see `tenfold.attention.slice_linear`."""
+        return slice_linear(self, in_, self.out_features, share_storage)
 
 
 class ConvAct(nn.Module):
-    """A convolution with its batch norm folded in, and the activation after it, in place."""
+    """A convolution, its norm (a batch norm folded in), and the activation after it, in place."""
 
     def __init__(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: bool = True, fold_bn: bool = True
+        self,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d | nn.GroupNorm,
+        act: str = "silu",
+        fold_bn: bool = True,
     ) -> None:
-        """Folds `bn` into `conv`, or keeps it behind; SiLU follows unless `act` is false."""
+        """Folds a batch norm into `conv`; another norm, or one not to be folded, stays behind.
+
+        Args:
+            conv: a plain convolution.
+            norm: of its output.
+            act: "silu", "relu" or "none".
+            fold_bn: whether to fold.
+        """
         super().__init__()
-        self.conv = fuse_conv_bn_eval(conv.eval(), bn.eval()) if fold_bn else conv
-        self.bn = None if fold_bn else bn
+        fold = fold_bn and isinstance(norm, nn.BatchNorm2d)
+        self.conv = fuse_conv_bn_eval(conv.eval(), norm.eval()) if fold else conv
+        self.norm = None if fold else norm
         self.act = act
 
     def forward(
         self, x: Float[Tensor, "batch in_ height width"]
     ) -> Float[Tensor, "batch out height2 width2"]:
-        """SiLU(conv(x))."""
-        y = self.conv(x) if self.bn is None else self.bn(self.conv(x))
-        return F.silu(y, inplace=True) if self.act else y
+        """act(norm(conv(x)))."""
+        y = self.conv(x)
+        return activate(y if self.norm is None else self.norm(y), self.act)
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """The activation of that name, in place."""
+    if act == "silu":
+        return F.silu(x, inplace=True)
+    return F.relu_(x) if act == "relu" else x
 
 
 def init_official(module: nn.Module) -> None:

@@ -16,20 +16,28 @@ from ds_net_plus.model.checks import (
     tau_for_budget,
 )
 from ds_net_plus.model.cnn import DSConvNet
+from ds_net_plus.model.detector import Detections, Detector, ImageLosses
 from ds_net_plus.model.features import Features
 from ds_net_plus.model.grouping import choose_routes, run_grouped
 from ds_net_plus.model.mobilenet import DSMobileNet
 from ds_net_plus.model.registry import MODELS, create_model, reset_gate, with_space
+from ds_net_plus.model.resnet import DSResNet
+from ds_net_plus.model.vit import DSViT
 
 __all__ = [
     "LARGEST",
     "MODELS",
     "DSConvNet",
     "DSMobileNet",
+    "DSResNet",
+    "DSViT",
+    "Detections",
+    "Detector",
     "DynamicNet",
     "DynamicOutput",
     "Features",
     "Front",
+    "ImageLosses",
     "PlainRoute",
     "Route",
     "RouteLike",

@@ -40,7 +40,7 @@ class Front(NamedTuple):
     Behind the last stage the features are class logits and the vector is empty.
     """
 
-    features: Float[Tensor, "batch *shape"]
+    features: Float[Tensor, "batch ..."]
     gate_input: Float[Tensor, "batch hidden"]
 
 
@@ -229,9 +229,9 @@ class DynamicNet(nn.Module):
         """
         if route == LARGEST or (isinstance(route, int) and 0 <= route < self.num_routes):
             return route
-        if isinstance(route, tuple | list) and len(route) == self.num_gates:
-            if all(isinstance(k, int) and 0 <= k < self.num_routes for k in route):
-                return tuple(route) if self.num_gates > 1 else route[0]
+        listed = isinstance(route, tuple | list) and len(route) == self.num_gates
+        if listed and all(isinstance(k, int) and 0 <= k < self.num_routes for k in route):
+            return tuple(route) if self.num_gates > 1 else route[0]
         several = f", {self.num_gates} of them for the gates," if self.num_gates > 1 else ""
         raise UserError(
             f"route {route!r} does not exist",
@@ -286,7 +286,7 @@ class DynamicNet(nn.Module):
         route: RouteLike | None = None,
         *,
         tau: float = 0.0,
-        noise: Float[Tensor, "batch *gates outputs"] | None = None,
+        noise: Float[Tensor, "batch ... outputs"] | None = None,
     ) -> Float[Tensor, "batch classes"] | DynamicOutput:
         """Runs one static route, or lets the gates choose a route for each image.
 

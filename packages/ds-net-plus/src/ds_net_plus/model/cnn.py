@@ -301,7 +301,11 @@ class DSConvNet(DynamicNet):
         for block, width in self._blocks(self.check_route(route)):
             layers.append(block.materialize(channels, width, fold_bn))  # pyright: ignore[reportArgumentType]
             channels = width
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.materialize(channels)]  # pyright: ignore[reportArgumentType]
+        layers += [
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            self.classifier.materialize(channels, share_storage),
+        ]  # pyright: ignore[reportArgumentType]
         return nn.Sequential(*layers).eval()
 
 

@@ -29,7 +29,7 @@ def choose_routes(
 
 
 def run_grouped(
-    features: Float[Tensor, "batch *shape"],
+    features: Float[Tensor, "batch ..."],
     gate_logits: Float[Tensor, "batch routes"],
     space: Sequence[int],
     gates: int,

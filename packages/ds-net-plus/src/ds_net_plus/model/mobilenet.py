@@ -313,7 +313,11 @@ class DSMobileNet(DynamicNet):
         for s, block in self._gated_blocks():
             layers.append(block.materialize(channels, widths[s + 1], fold_bn))
             channels = widths[s + 1]
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.materialize(channels)]
+        layers += [
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            self.classifier.materialize(channels, share_storage),
+        ]
         return nn.Sequential(*layers).eval()
 
 

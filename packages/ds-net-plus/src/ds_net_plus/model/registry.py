@@ -7,6 +7,8 @@ import torch
 from ds_net_plus.model.base import DynamicNet
 from ds_net_plus.model.cnn import DSConvNet
 from ds_net_plus.model.mobilenet import DSMobileNet
+from ds_net_plus.model.resnet import DSResNet
+from ds_net_plus.model.vit import DSViT
 from tenfold.errors import UserError
 
 _QUARTERS_96 = ((24, 48, 72, 96), (48, 96, 144, 192))
@@ -31,6 +33,61 @@ MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
             "depths": (2, 2),
             "gate_hidden": 64,
             "in_channels": 3,
+        },
+    ),
+    "ds_resnet50": (DSResNet, {}),
+    "ds_resnet50_bn": (DSResNet, {"gates": 1}),
+    "ds_resnet101": (DSResNet, {"depths": (3, 4, 23, 3)}),
+    "ds_resnet_cifar": (
+        DSResNet,
+        {
+            "num_classes": 10,
+            "depths": (1, 2, 2),
+            "base_widths": (32, 64, 128),
+            "gates": 3,
+            "group_size": 8,
+            "stem": "small",
+            "stem_width": 32,
+            "image_size": 32,
+        },
+    ),
+    "ds_vit_tiny": (
+        DSViT,
+        {
+            "front": (192, 3, 2),
+            "routes": ((192, 1, 2, 10), (192, 2, 2, 10), (192, 2, 3, 10), (192, 3, 4, 10)),
+        },
+    ),
+    "ds_vit_small": (DSViT, {}),
+    "ds_vit_small_embed": (
+        DSViT,
+        {
+            "front": (192, 3, 4),
+            "routes": ((192, 3, 4, 10), (256, 4, 4, 10), (320, 5, 4, 10), (384, 6, 4, 10)),
+        },
+    ),
+    "ds_vit_small_depth": (
+        DSViT,
+        {"front": (384, 6, 4), "routes": tuple((384, 6, 4, blocks) for blocks in (4, 6, 8, 10))},
+    ),
+    "ds_vit_base": (
+        DSViT,
+        {
+            "front": (768, 6, 2),
+            "routes": ((768, 4, 1, 10), (768, 6, 2, 10), (768, 9, 3, 10), (768, 12, 4, 10)),
+        },
+    ),
+    "ds_vit_cifar": (
+        DSViT,
+        {
+            "num_classes": 10,
+            "front": (128, 2, 2),
+            "front_blocks": 1,
+            "routes": ((128, 1, 1, 5), (128, 2, 2, 5), (128, 3, 3, 5), (128, 4, 4, 5)),
+            "head_dim": 32,
+            "patch_size": 4,
+            "gate_hidden": 64,
+            "image_size": 32,
         },
     ),
 }
@@ -58,14 +115,15 @@ def create_model(name: str, **overrides: object) -> DynamicNet:
 
 
 def reset_gate(net: DynamicNet, seed: int) -> None:
-    """A fresh gate: hidden layers at random, the output layer at zero."""
+    """Fresh gates: hidden layers at random, the output layers at zero."""
     generator = torch.Generator().manual_seed(seed)
-    *hidden, head = net.gate_parameters()
+    heads = {id(head) for head in net.gate_heads()}
     with torch.no_grad():
-        for parameter in hidden:
+        for parameter in net.gate_parameters():
             bound = parameter.shape[-1] ** -0.5
             parameter.uniform_(-bound, bound, generator=generator)
-        head.zero_()
+            if id(parameter) in heads:
+                parameter.zero_()
 
 
 def with_space(net: DynamicNet, space: Sequence[int]) -> DynamicNet:
