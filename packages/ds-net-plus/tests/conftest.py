@@ -135,9 +135,20 @@ def net(request) -> DynamicNet:
     return randomize_net(FAMILIES[request.param]())
 
 
-@pytest.fixture
-def images(net) -> torch.Tensor:
+def nine_images(net: DynamicNet) -> torch.Tensor:
     """Nine images for `net`."""
     generator = torch.Generator().manual_seed(1)
     shape = (9, net.in_channels, net.image_size, net.image_size)
     return torch.randn(shape, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def images_of():
+    """The function that makes nine images for a network."""
+    return nine_images
+
+
+@pytest.fixture
+def images(net) -> torch.Tensor:
+    """Nine images for `net`."""
+    return nine_images(net)

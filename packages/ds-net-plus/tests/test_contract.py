@@ -18,9 +18,16 @@ MBNET = 7_676_204  # with 1000 classes
 CLASS = 1152 + 1  # what a class costs in DS-MBNet's classifier
 
 
-def cnn_parameters(colours: int, front: list[int], stages: list[int], hidden: int) -> int:
+def cnn_parameters(
+    colours: int,
+    front: list[int],
+    stages: list[int],
+    hidden: int,
+    depths: tuple[int, ...] = (2, 2),
+) -> int:
     """DS-CNN, counted by hand: convolutions and norms, gate of four outputs, ten classes."""
-    blocks = [colours, *front, *(width for width in stages for _ in range(2))]
+    deep = [width for width, depth in zip(stages, depths, strict=True) for _ in range(depth)]
+    blocks = [colours, *front, *deep]
     convs = sum(9 * a * b + 2 * b for a, b in pairwise(blocks))
     gate = (2 * front[-1] + 1) * hidden + (hidden + 1) * 4
     return convs + gate + (stages[-1] + 1) * 10
@@ -46,6 +53,8 @@ class TestContract(PackageContract):
         "demo": cnn_parameters(1, [8, 8], [128, 256], 128),
         "glyph-mix": cnn_parameters(1, [8, 8], [24, 48], 32),
         "glyph-mix-48": cnn_parameters(1, [8, 8], [128, 256], 128),
+        "voc": MBNET,  # of a detector, the backbone
+        "scenes": cnn_parameters(3, [12, 16], [48, 64, 96], 32, depths=(1, 2, 2)),
         "cifar10-cpu": cnn_parameters(3, [16, 24], [96, 192], 64),
     }
     fit_options = (

@@ -11,12 +11,15 @@ from ds_net_plus.evaluate import (
     RouteTable,
     calibrate_tau,
     collect,
+    cost_curve,
     gain_at_equal_madds,
     oracle,
     point_at,
     point_of,
     random_routing,
     saving_at_equal_accuracy,
+    sweep,
+    tau_at,
     with_gate,
 )
 from ds_net_plus.model import DSConvNet, choose_routes, tau_for_budget
@@ -124,11 +127,66 @@ def test_collect_equals_running_every_route(net, images):
     for j, route in enumerate(net.routing_space):
         expected = net(images, route=route)
         assert torch.allclose(table.logits[:, j], expected, rtol=1e-4, atol=1e-4)
+    if net.num_gates > 1:
+        assert table.scores.shape == (len(images), net.num_gates, 4)
+        with pytest.raises(ValueError, match="use sweep"):
+            point_at(table)
+        return
     output = net(images)
     chosen = torch.tensor(net.routing_space)[choose_routes(table.scores, table.madds)]
     assert torch.equal(output.routes[:, 0], chosen)
     assert float(output.madds.double().mean()) == pytest.approx(point_at(table).madds)
     assert torch.equal(with_gate(table, net).scores, table.scores)
+
+
+def test_gate_inputs_are_those_of_the_paths_upstream(families, randomize, images_of):
+    net = randomize(families["resnet"]())
+    x, paths = images_of(net), [(0, 0, 0), (2, 1, 3)]
+    batches = [Images(i, torch.arange(len(i))) for i in x.split(4)]
+    table = collect(net, batches, upstream=paths)
+    assert table.labels.tolist() == [0, 1, 2, 3] * 4 + [0] * 2
+    features, first = net.front(x)
+    features, second = net.stage(net.enter(features, 0, 2), 0, 2)
+    _, third = net.stage(net.enter(features, 1, 1), 1, 1)
+    rows = [4, 5, 6, 7, 12, 13, 14, 15, 17]  # of the second path, batch by batch
+    expected = torch.cat([first, second, third], 1)
+    torch.testing.assert_close(table.gate_input[rows], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sweep_is_the_network_at_every_price(net, images):
+    labels = torch.arange(len(images)) % net.num_classes
+    batches = [Images(i, y) for i, y in zip(images.split(4), labels.split(4), strict=True)]
+    taus = [-100.0, 0.0, 0.5, 100.0]
+    points = sweep(net, batches, taus)
+    for tau, point in zip(taus, points, strict=True):
+        output = net(images, tau=tau)
+        assert point.top1 == pytest.approx(
+            float((output.logits.argmax(1) == labels).float().mean())
+        )
+        assert point.madds == pytest.approx(float(output.madds.double().mean()))
+        counts = [(output.routes == k).double().mean() for k in net.routing_space]
+        assert point.shares == pytest.approx([float(c) for c in counts])
+    assert points[0].madds == net.madds(net.routing_space[-1], images.shape[-1])
+    assert points[-1].madds == net.madds(net.routing_space[0], images.shape[-1])
+    with pytest.raises(UserError, match="no images"):
+        sweep(net, [], [0.0])
+
+
+def test_a_price_from_the_curve_meets_its_target(families, randomize, images_of):
+    net = randomize(families["resnet"]())
+    net.gate_score = "probability"
+    x = torch.randn(60, *images_of(net).shape[1:])
+    batches = [Images(x, torch.zeros(60, dtype=torch.int64))]
+    costs = net.space_madds()
+    curve = cost_curve(net, lambda: batches, costs)
+    assert [p.tau for p in curve] == sorted(p.tau for p in curve)
+    assert curve[0].madds == costs[-1]
+    assert curve[-1].madds == costs[0]
+    for share in (0.3, 0.5, 0.7):
+        (point,) = sweep(net, batches, [tau_at(curve, share * costs[-1])])
+        assert abs(point.madds / costs[-1] - share) < 0.05
+    with pytest.raises(UserError, match="choose a target from"):
+        tau_at(curve, 2 * costs[-1])
 
 
 def test_collect_names_an_image_that_is_not_finite(net, images):

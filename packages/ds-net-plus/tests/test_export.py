@@ -52,10 +52,41 @@ def mbnet(tiny_mbnet, randomize):
     )
 
 
-ROUTES = {"cnn": [0, 1], "mbnet": [1, "largest"]}
+SMALL_RESNET = {
+    "depths": (1, 2),
+    "base_widths": (32, 64),
+    "rhos": (0.5, 1.0),
+    "gates": 2,
+    "gate_outputs": 2,
+    "stem_width": 32,
+}
 
 
-@pytest.fixture(scope="module", params=["cnn", "mbnet"])
+@pytest.fixture(scope="module")
+def resnet(families, randomize):
+    return randomize(families["resnet"](**SMALL_RESNET))
+
+
+@pytest.fixture(scope="module")
+def in_block(families, randomize):
+    return randomize(families["resnet-in-block"](**SMALL_RESNET))
+
+
+@pytest.fixture(scope="module")
+def vit(families, randomize):
+    return randomize(families["vit"](routes=((16, 1, 1, 1), (40, 2, 4, 2)), gate_outputs=2))
+
+
+ROUTES = {
+    "cnn": [0, 1],
+    "mbnet": [1, "largest"],
+    "resnet": [0, 1],
+    "in_block": [0, 1],
+    "vit": [0, 1],
+}
+
+
+@pytest.fixture(scope="module", params=list(ROUTES))
 def exported(request, tmp_path_factory):
     """A network with two routes, some of its routes, its front and their rests in all formats."""
     net, routes = request.getfixturevalue(request.param), ROUTES[request.param]
@@ -65,9 +96,14 @@ def exported(request, tmp_path_factory):
 
 
 def test_every_part_comes_in_every_format(exported):
-    _, routes, folder, done = exported
+    net, routes, folder, done = exported
     parts = [f"route_{k}" for k in routes] + ["front"]
-    parts += [f"rest_{k}" for k in routes if k != "largest"]
+    if net.num_gates == 1:
+        parts += [f"rest_{k}" for k in routes if k != "largest"]
+    else:
+        parts += ["enter_0_0", "enter_0_1", "stage_0_0", "stage_0_1"]
+        parts += [f"enter_1_{before}_{k}" for before in (0, 1) for k in (0, 1)]
+        parts += ["stage_1_0", "stage_1_1"]
     assert [(item.part, item.format) for item in done] == [(p, f) for p in parts for f in FORMATS]
     assert all(item.path.is_file() and item.path.parent == folder for item in done)
     assert all(item.deviation <= 1e-5 and len(item.batches) == 2 for item in done)
@@ -78,7 +114,8 @@ def test_files_equal_the_sliced_network(exported, format):
     net, routes, folder, _ = exported
     front = load_exported(folder, "front", format)
     wholes = {route: load_exported(folder, route, format) for route in routes}
-    rests = {k: load_exported(folder, f"rest_{k}", format) for k in routes if k != "largest"}
+    singles = routes if net.num_gates == 1 else []
+    rests = {k: load_exported(folder, f"rest_{k}", format) for k in singles if k != "largest"}
     for count in (1, 4, 7):
         x = pictures(net, count)
         features, logits = front(x)
@@ -111,6 +148,27 @@ def test_dynamic_inference_from_the_files_alone(exported):
         for i, j in enumerate(choice.tolist()):
             close(rests[space[j]](features[i : i + 1]), expected.logits[i : i + 1])
     assert used == {0, 1}
+
+
+@pytest.mark.parametrize("exported", ["resnet", "in_block"], indirect=True)
+@pytest.mark.parametrize("format", FORMATS)
+def test_dynamic_inference_of_two_gates_from_the_files_alone(exported, format):
+    net, _, folder, _ = exported
+    x, seen = pictures(net, 3), set()
+    for path in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        features, scores = load_exported(folder, "front", format)(x)
+        noise = torch.nn.functional.one_hot(torch.tensor([path] * 3), 2) * 1e6
+        expected = net(x, noise=noise)
+        close(scores, net.gate_logits(net.front(x).gate_input))
+        first, second = path
+        features = load_exported(folder, f"enter_0_{first}", format)(features)
+        features, scores = load_exported(folder, f"stage_0_{first}", format)(features)
+        sliced = net.stage(net.enter(net.front(x).features, 0, first), 0, first)
+        close(scores, net.gate_logits(sliced.gate_input, 1))
+        features = load_exported(folder, f"enter_1_{first}_{second}", format)(features)
+        close(load_exported(folder, f"stage_1_{second}", format)(features), expected.logits)
+        seen |= set(map(tuple, expected.routes.tolist()))
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("exported", ["mbnet"], indirect=True)

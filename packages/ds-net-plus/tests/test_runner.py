@@ -77,6 +77,34 @@ def test_tau_prices_the_size_of_the_images(randomize):
     assert torch.equal(DynamicRunner(net, tau=3.0)(x).routes[:, 0], expected)
 
 
+def test_mapping_over_batches_gives_the_answers_of_single_calls(net, images):
+    runner = DynamicRunner(net)
+    batches = [images[:4], images[4:5], images[5:]]
+    answers = list(runner.map(iter(batches)))
+    for answer, batch in zip(answers, batches, strict=True):
+        expected = runner(batch)
+        assert all(torch.equal(a, e) for a, e in zip(answer, expected, strict=True))
+    assert list(runner.map([])) == []
+    images[7] = float("nan")
+    with pytest.raises(UserError, match="image 2 of the batch"):
+        list(runner.map(batches))
+
+
+def test_bfloat16_parts_answer_in_float32(net, images):
+    exact, runner = DynamicRunner(net), DynamicRunner(net, dtype=torch.bfloat16)
+    paths = torch.arange(len(images))[:, None].expand(-1, net.num_gates) % 4
+
+    def run(runner):
+        x = images.to(runner.dtype).contiguous(memory_format=torch.channels_last)
+        return runner.run(*runner.front(x), lambda logits, gate: paths[:, gate], x.shape[-1])
+
+    expected, actual = run(exact).logits, run(runner).logits
+    assert actual.dtype == torch.float32
+    assert runner(images).logits.dtype == torch.float32
+    error = (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert 0 < error < 0.05  # eight bits of mantissa, a dozen layers
+
+
 def test_runner_refuses_untrained_gates():
     with pytest.raises(UserError, match="train-gate"):
         DynamicRunner(DSConvNet().eval())

@@ -113,6 +113,37 @@ def test_sampled_routes_are_reproducible_uniform_and_never_the_smallest():
     assert abs(same - 0.25) < 0.03  # independent draws
 
 
+def test_paths_are_sampled_gate_by_gate():
+    draws = torch.tensor([sample_routes(step, 4, gates=3) for step in range(4000)])
+    assert draws.shape == (4000, 2, 3)
+    for gate in range(3):
+        counts = draws[:, :, gate].flatten().bincount(minlength=4)
+        assert (counts / 8000 - 0.25).abs().max() < 0.02
+    assert abs(float((draws[..., 0] == draws[..., 1]).double().mean()) - 0.25) < 0.03
+
+
+def test_mixed_labels_another_view_and_an_external_teacher(student, teacher, batch):
+    x, y = batch
+    soft = torch.rand(len(y), student.num_classes).softmax(1)
+    view = x.flip(-1)
+    external = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(student.num_classes))
+    seen = []
+    hook = student.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    with torch.no_grad():
+        expected_teacher = external(x).softmax(1)
+    out = stage1_step(student, teacher, x, soft, (1, 2), other_view=view, external=external)
+    hook.remove()
+    assert [s is x for s in seen] == [True, False, False, False]
+    assert all(s is view for s in seen[1:])
+    smooth = 0.9 * soft + 0.1 / student.num_classes
+    torch.testing.assert_close(out.targets["L"], (smooth + expected_teacher) / 2)
+    with torch.no_grad():
+        wanted = teacher(x, route="largest").softmax(1)  # of the first view
+    for name in ("R1", "R2", "S"):
+        torch.testing.assert_close(out.targets[name], wanted)
+    assert all(p.grad is None for p in external.parameters())
+
+
 def test_zero_gradients_stop_momentum_and_decay():
     used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
     used.grad, unused.grad = torch.tensor([0.0, 1.0, 0.0]), torch.zeros(3)
@@ -122,20 +153,33 @@ def test_zero_gradients_stop_momentum_and_decay():
     assert torch.allclose(used.detach(), torch.tensor([0.95, 0.85, 0.95]))
 
 
+def labels_for(net, images) -> torch.Tensor:
+    return torch.randint(0, net.num_classes, (len(images),))
+
+
+def noise_for(net, images) -> torch.Tensor:
+    shape = (len(images), net.num_gates, 4) if net.num_gates > 1 else (len(images), 4)
+    return 30 * torch.randn(shape)
+
+
 @pytest.mark.parametrize("estimator", ["mixture", "mask"])
 @pytest.mark.parametrize("sgs", ["try_best", "give_up", "ladder", "none"])
 def test_stage2_forward_is_the_sampled_route(net, images, estimator, sgs):
     torch.manual_seed(6)
-    y = torch.randint(0, 10, (len(images),))
-    noise = torch.randn(len(images), 4) * 3
+    y, noise = labels_for(net, images), noise_for(net, images)
+    if estimator == "mask" and not net.maskable:
+        with pytest.raises(UserError, match="use the mixture estimator"):
+            stage2_step(net, images, y, noise=noise, estimator=estimator)
+        return
     out = stage2_step(net, images, y, noise=noise, estimator=estimator, sgs=sgs)
-    front = net.front(images)
-    chosen = (net.gate_logits(front.gate_input) + noise).argmax(1)
-    assert torch.equal(out.sample.choice, chosen)
-    expected = torch.cat(
-        [net(images[n : n + 1], route=net.routing_space[int(k)]) for n, k in enumerate(chosen)]
-    )
+    dynamic = net(images, noise=noise)
+    space = torch.tensor(net.routing_space)
+    assert torch.equal(space[out.sample.choice.view(len(images), -1)], dynamic.routes)
+    assert len(dynamic.routes.unique()) > 1
+    expected = dynamic.logits
     assert torch.allclose(out.logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    mean = dynamic.madds.double().mean() / net.madds(net.routing_space[-1], images.shape[-1])
+    assert float(out.losses["complexity"]) == pytest.approx(float(mean) ** 2, rel=1e-5)
     correct = torch.stack([net(images, route=k) for k in net.routing_space], 1).argmax(2)
     correct = correct == y[:, None]
     if sgs == "none":
@@ -149,24 +193,78 @@ def test_stage2_forward_is_the_sampled_route(net, images, estimator, sgs):
 
 
 def test_mixture_gradient_is_the_difference_between_routes(net, images):
-    """d loss / d g_k is the loss's gradient along route k's logits: exact counterfactual credit."""
+    """d loss / d g_k is the loss's gradient along route k's logits: exact counterfactual credit.
+
+    With several gates that is the last gate's, whose stage outputs are the class logits.
+    """
     torch.manual_seed(7)
-    y = torch.randint(0, 10, (len(images),))
-    noise = torch.randn(len(images), 4)
-    head = net.gate_parameters()[-1]
+    y, noise = labels_for(net, images), noise_for(net, images) / 30
+    head = net.gate_heads()[-1]
     stage2_step(net, images, y, noise=noise, sgs="none", lambda_cplx=0.0, smoothing=0.0)
-    gate_input = net.front(images).gate_input.detach()
-    routes = torch.stack([net(images, route=k) for k in net.routing_space], 1).detach()
-    logits = net.gate_logits(gate_input)
-    soft = (logits + noise).softmax(1)
+    last, space = net.num_gates - 1, net.routing_space
+    path = net(images, noise=noise).routes.tolist()
+    logits, routes = [], []
+    for n, (*before, _) in enumerate(path):
+        features, gate_input = net.front(images[n : n + 1])
+        for gate, k in enumerate(before):
+            features, gate_input = net.stage(net.enter(features, gate, k), gate, k)
+        logits.append(net.gate_logits(gate_input.detach(), last))
+        runs = [net.stage(net.enter(features, last, k), last, k).features for k in space]
+        routes.append(torch.stack(runs, 1))
+    logits, routes = torch.cat(logits), torch.cat(routes).detach()
+    soft = (logits + (noise[:, last] if last else noise)).softmax(1)
     hard = F.one_hot(soft.argmax(1), 4).float()
     z = torch.einsum("nk,nkc->nc", hard, routes)
-    dz = (z.softmax(1) - F.one_hot(y, 10)) / len(y)
+    dz = (z.softmax(1) - F.one_hot(y, net.num_classes)) / len(y)
     dg = torch.einsum("nc,nkc->nk", dz, routes)
     dl = soft * (dg - (dg * soft).sum(1, keepdim=True))
-    expected = torch.autograd.grad(logits, head, dl)[0]
+    expected = torch.autograd.grad(logits, head, dl)[0].view_as(head)
     scale = float(expected.abs().max())
     assert torch.allclose(head.grad, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_credit_of_an_early_gate_is_the_effect_of_its_stage(families, randomize, images_of):
+    """Finite differences in the weights of the mixture, with soft decisions held constant."""
+    torch.manual_seed(11)
+    net = randomize(families["resnet"]()).double().requires_grad_(False)
+    x = images_of(net).double()[:2]
+    space, gates = net.routing_space, torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def mixed(weights):
+        features = net.widen(net.front(x).features, 0)
+        for gate in range(3):
+            runs = [net.stage(net.enter(features, gate, k), gate, k).features for k in space]
+            wide = torch.stack([net.widen(run, gate + 1) for run in runs], 1)
+            features = torch.einsum("nk,nk...->n...", weights[:, gate], wide)
+        return features.sum()
+
+    (gradient,) = torch.autograd.grad(mixed(gates), gates)
+    direction = torch.randn_like(gates)
+    with torch.no_grad():
+        ahead, behind = mixed(gates + 1e-7 * direction), mixed(gates - 1e-7 * direction)
+    slope = float((ahead - behind) / 2e-7)
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4)
+
+
+def test_value_gates_learn_what_each_route_is_worth(net, images):
+    torch.manual_seed(9)
+    net, images, y = net.double(), images.double(), labels_for(net, images)
+    torch.manual_seed(5)
+    out = stage2_step(net, images, y, gate_loss="value")
+    torch.manual_seed(5)
+    path = torch.randint(4, (net.num_gates,)).tolist()
+    routes = torch.stack([net(images, route=k) for k in net.routing_space], 1).softmax(2)
+    target = routes[torch.arange(len(y)), :, y]
+    terms = []
+    features, gate_input = net.front(images)
+    for gate, j in enumerate(path):
+        scores = net.gate_logits(gate_input, gate).sigmoid()
+        scores = scores.clamp(1e-40, 1 - 1e-15)
+        terms.append(-(target * scores.log() + (1 - target) * (1 - scores).log()).mean())
+        k = net.routing_space[j]
+        features, gate_input = net.stage(net.enter(features, gate, k), gate, k)
+    assert float(out.loss) == pytest.approx(float(sum(terms) / len(terms)), rel=1e-4)
+    assert all(bool(head.grad.any()) for head in net.gate_heads())
 
 
 def test_mask_gradient_reaches_the_gate_through_masks_and_statistics(randomize):
@@ -189,13 +287,13 @@ def test_stage2_leaves_the_supernet_as_it_was(net, images):
 
 def test_official_scale_and_double_softmax(net, images):
     y = torch.zeros(len(images), dtype=torch.int64)
-    noise = torch.zeros(len(images), 4)
+    noise = 0 * noise_for(net, images)
     out = stage2_step(net, images, y, noise=noise, sgs_on="probs", scale="1e9")
-    costs = torch.tensor(net.space_madds(images.shape[-1]), dtype=torch.float64)
-    mean = costs[out.sample.choice].mean()
+    mean = net(images).madds.double().mean()
     assert float(out.losses["complexity"]) == pytest.approx(float(mean / 1e9) ** 2, rel=1e-5)
-    double = F.cross_entropy(out.sample.soft, out.targets, label_smoothing=0.1)
-    assert torch.allclose(out.losses["sgs"], double)
+    gates = out.sample.soft.view(len(images), -1, 4).unbind(1)
+    double = [F.cross_entropy(soft, out.targets, label_smoothing=0.1) for soft in gates]
+    assert torch.allclose(out.losses["sgs"], torch.stack(double).mean())
 
 
 def test_unknown_estimators_are_named(net, images):

@@ -9,36 +9,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_net_plus.checkpoint import from_pretrained, load_net, save_pretrained
-    from ds_net_plus.data import ImageData
+    from ds_net_plus.convert import from_timm
+    from ds_net_plus.data import ImageData, VOCData
     from ds_net_plus.losses import sgs_targets
     from ds_net_plus.model import (
+        Detector,
         DSConvNet,
         DSMobileNet,
+        DSResNet,
+        DSViT,
         DynamicNet,
         DynamicOutput,
         Route,
         count_madds,
         create_model,
     )
-    from ds_net_plus.module import GateModule, SupernetModule
+    from ds_net_plus.module import DetectionModule, GateModule, SupernetModule
     from ds_net_plus.recalibration import recalibrate
     from ds_net_plus.runner import DynamicRunner
     from ds_net_plus.steps import ema_update, sample_routes, stage1_step, stage2_step
 
 _HOMES = {
     "checkpoint": ("from_pretrained", "load_net", "save_pretrained"),
-    "data": ("ImageData",),
+    "convert": ("from_timm",),
+    "data": ("ImageData", "VOCData"),
     "losses": ("sgs_targets",),
     "model": (
         "DSConvNet",
         "DSMobileNet",
+        "DSResNet",
+        "DSViT",
+        "Detector",
         "DynamicNet",
         "DynamicOutput",
         "Route",
         "count_madds",
         "create_model",
     ),
-    "module": ("GateModule", "SupernetModule"),
+    "module": ("DetectionModule", "GateModule", "SupernetModule"),
     "recalibration": ("recalibrate",),
     "runner": ("DynamicRunner",),
     "steps": ("ema_update", "sample_routes", "stage1_step", "stage2_step"),
@@ -48,6 +56,10 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "DSConvNet",
     "DSMobileNet",
+    "DSResNet",
+    "DSViT",
+    "DetectionModule",
+    "Detector",
     "DynamicNet",
     "DynamicOutput",
     "DynamicRunner",
@@ -55,10 +67,12 @@ __all__ = [
     "ImageData",
     "Route",
     "SupernetModule",
+    "VOCData",
     "count_madds",
     "create_model",
     "ema_update",
     "from_pretrained",
+    "from_timm",
     "load_net",
     "recalibrate",
     "sample_routes",

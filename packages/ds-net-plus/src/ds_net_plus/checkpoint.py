@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ds_net_plus.convert import convert_official
 from ds_net_plus.model import DynamicNet, create_model
+from ds_net_plus.model.hub import build_net, net_metadata
+from ds_net_plus.model.hub import save_net as save_net  # beside `load_net`
 from tenfold.checkpoint import (
     atomic_file,
     compare_keys,
     load_model_files,
     load_state,
-    save_model,
     strip_prefix,
 )
 from tenfold.errors import UserError
@@ -58,11 +59,6 @@ class Saved:
         return self.nets.get(TEACHER, self.nets[STUDENT])
 
 
-def net_metadata(net: DynamicNet) -> dict[str, Any]:
-    """What a checkpoint says of its network besides the weights."""
-    return {"arch": net.name, "config": net.config, "gate": net.gate_state()}
-
-
 def read_checkpoint(path: str | Path) -> Saved:
     """Reads a Lightning checkpoint of either stage, a model folder, or an official .pth.tar.
 
@@ -72,7 +68,7 @@ def read_checkpoint(path: str | Path) -> Saved:
     path = Path(path)
     if path.is_dir():
         state, config = load_model_files(path)
-        return Saved({}, {STUDENT: _build(config, state, path)})
+        return Saved({}, {STUDENT: build_net(config, state, str(path))})
     raw = load_state(path)
     if META in raw:
         return Saved(raw, _lightning_nets(raw, path))
@@ -87,7 +83,7 @@ def _lightning_nets(raw: Mapping[str, Any], path: Path) -> dict[str, DynamicNet]
     for name in (STUDENT, TEACHER):
         part = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
         if part or name == STUDENT:
-            nets[name] = _build(raw[META], strip_prefix(part, f"{name}."), path)
+            nets[name] = build_net(raw[META], strip_prefix(part, f"{name}."), str(path))
     return nets
 
 
@@ -102,32 +98,6 @@ def _read_official(raw: dict[str, Any], path: Path) -> Saved:
     except UserError as error:
         raise UserError(error.what, where=str(path), fix=error.fix) from error
     return Saved(raw, {STUDENT: teacher}, notes)
-
-
-def _build(metadata: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> DynamicNet:
-    """The network that `net_metadata` described, with its weights, in eval mode."""
-    lacking = [key for key in ("arch", "config", "gate") if key not in metadata]
-    if lacking:
-        raise UserError(
-            f"the file does not describe a network of ds-net-plus, {', '.join(lacking)} missing",
-            where=str(path),
-        )
-    net = create_model(metadata["arch"], **metadata["config"])
-    keys = compare_keys(state, net.state_dict())
-    if not keys.fits:
-        raise UserError(
-            f"the weights do not fit the network {net.name!r} that the file describes: "
-            f"{keys.summary()}",
-            where=str(path),
-        )
-    net.load_state_dict(state)
-    try:
-        net.load_gate_state(metadata["gate"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the file's gate metadata are damaged, {error}", where=str(path)
-        ) from error
-    return net.eval()
 
 
 def load_net(path: str | Path, weights: str = "ema") -> DynamicNet:
@@ -254,20 +224,15 @@ def _fresh_file(raw: Mapping[str, Any]) -> dict[str, Any]:
     return file | ({DATA: raw[DATA]} if DATA in raw else {})
 
 
-def save_net(folder: str | Path, net: DynamicNet) -> None:
-    """Writes a model folder: model.safetensors, and config.json with `net_metadata`."""
-    save_model(folder, net.state_dict(), net_metadata(net))
-
-
 def save_pretrained(net: DynamicNet, folder: str | Path) -> None:
-    """Writes a model folder, under the name that the ecosystem uses."""
-    save_net(folder, net)
+    """Writes a model folder with a card, as `net.save_pretrained` does."""
+    net.save_pretrained(folder)
 
 
 def from_pretrained(folder: str | Path) -> DynamicNet:
-    """Reads a model folder.
+    """Reads a model folder or a repository "user/name" on the Hub.
 
     Raises:
-        UserError: one of its two files is missing or damaged.
+        UserError: there is none, or one of its files is missing or damaged.
     """
-    return load_net(folder)
+    return DynamicNet.from_pretrained(folder)

@@ -23,8 +23,11 @@ app = App(
         "benchmark": _job("benchmark", "grouped against masked, per-image and static execution"),
         "search-routes": _job("search_routes", "measure all routes, suggest a routing space"),
         "explain": _job("explain", "route and cost of every image in a folder, with a gallery"),
+        "detect": _job("detect", "boxes that a detector finds, with their routes and a picture"),
         "export": _job("export", "routes and gate as plain networks: torch, ONNX, torch.export"),
-        "convert-checkpoint": _job("convert_checkpoint", "read an official DS-Net file"),
+        "convert-checkpoint": _job(
+            "convert_checkpoint", "an official DS-Net file, or a timm network"
+        ),
         "data": _job("data", "write the generated task to disk"),
     },
     shortcuts={

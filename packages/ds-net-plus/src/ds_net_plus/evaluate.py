@@ -1,6 +1,6 @@
 """What a gate is worth: every route's answer on a split, and the metrics computed from them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ds_net_plus.model import (
     DynamicNet,
+    DynamicOutput,
     check_finite,
     check_statistics,
     choose_routes,
 )
+from ds_net_plus.steps import upstream_inputs
 from tenfold.errors import UserError
 
 
@@ -29,10 +31,14 @@ class RouteTable:
         labels: classes.
         madds: cost of the routes, ascending.
         hard: the generator's difficulty flag, where there is one.
+
+    With several gates the routes are those that all gates agree on, `gate_input` and `scores` are
+    what the gates read and think on one path, and what they decide is a matter of running them
+    (`sweep`): a decision depends on those before it.
     """
 
     gate_input: Float[Tensor, "images hidden"]
-    scores: Float[Tensor, "images routes"]
+    scores: Float[Tensor, "images ... routes"]
     logits: Float[Tensor, "images routes classes"]
     labels: Int[Tensor, " images"]
     madds: tuple[int, ...]
@@ -66,13 +72,20 @@ class Point:
 
 
 @torch.no_grad()
-def collect(net: DynamicNet, batches: Iterable, size: int | None = None) -> RouteTable:
+def collect(
+    net: DynamicNet,
+    batches: Iterable,
+    size: int | None = None,
+    upstream: Sequence[Sequence[int]] | None = None,
+) -> RouteTable:
     """Runs every route of the routing space on every batch, the front once for all.
 
     Args:
         net: run in eval mode, and left so.
         batches: objects with `image`, `label` and (may be None) `hard`.
         size: image side for the costs; that of the images where None.
+        upstream: with several gates, the paths on which their inputs are read: the table has a row
+            for each image and path. The widest path where None.
 
     Raises:
         UserError: no images, logits that are not finite (names the image), or statistics that
@@ -81,8 +94,8 @@ def collect(net: DynamicNet, batches: Iterable, size: int | None = None) -> Rout
     net.eval()
     check_statistics(net, net.routing_space)
     device = next(net.parameters()).device
-    columns: dict[str, list[Tensor]] = {k: [] for k in ("input", "score", "logits", "label")}
-    hard: list[Tensor] = []
+    paths = upstream or [[net.routing_space[-1]] * net.num_gates]
+    columns: dict[str, list[Tensor]] = {k: [] for k in ("input", "logits", "label", "hard")}
     seen = 0
     for batch in batches:
         image = batch.image.to(device)
@@ -90,31 +103,35 @@ def collect(net: DynamicNet, batches: Iterable, size: int | None = None) -> Rout
         front = net.front(image)
         logits = torch.stack([net.rest(front.features, k) for k in net.routing_space], 1)
         check_finite(logits, first=seen)
-        columns["input"].append(front.gate_input.cpu())
-        columns["score"].append(net.scores(net.gate_logits(front.gate_input)).cpu())
-        columns["logits"].append(logits.cpu())
-        columns["label"].append(batch.label.cpu())
-        if batch.hard is not None:
-            hard.append(batch.hard.cpu())
+        for path in paths:
+            columns["input"].append(upstream_inputs(net, *front, path).cpu())
+            columns["logits"].append(logits.cpu())
+            columns["label"].append(batch.label.cpu())
+            if batch.hard is not None:
+                columns["hard"].append(batch.hard.cpu())
         seen += len(image)
     if not seen:
         raise UserError("there are no images to evaluate on")
+    gate_input = torch.cat(columns["input"])
     return RouteTable(
-        torch.cat(columns["input"]),
-        torch.cat(columns["score"]),
+        gate_input,
+        _scores(net, gate_input),
         torch.cat(columns["logits"]),
         torch.cat(columns["label"]),
         tuple(net.space_madds(size)),
-        torch.cat(hard) if hard else None,
+        torch.cat(columns["hard"]) if columns["hard"] else None,
     )
 
 
 def with_gate(table: RouteTable, net: DynamicNet) -> RouteTable:
     """The same answers under another gate of the same supernet."""
-    with torch.no_grad():
-        device = next(net.parameters()).device
-        scores = net.scores(net.gate_logits(table.gate_input.to(device))).cpu()
-    return replace(table, scores=scores)
+    return replace(table, scores=_scores(net, table.gate_input))
+
+
+@torch.no_grad()
+def _scores(net: DynamicNet, gate_input: Tensor) -> Tensor:
+    device = next(net.parameters()).device
+    return net.scores(net.all_gate_logits(gate_input.to(device))).cpu()
 
 
 def restrict(table: RouteTable, positions: Sequence[int]) -> RouteTable:
@@ -124,7 +141,9 @@ def restrict(table: RouteTable, positions: Sequence[int]) -> RouteTable:
 
 
 def point_at(table: RouteTable, tau: float = 0.0) -> Point:
-    """Accuracy and cost of the gate's decisions at one price of compute."""
+    """Accuracy and cost of a single gate's decisions at one price of compute."""
+    if table.scores.ndim != 2:
+        raise ValueError("decisions of several gates depend on one another: use sweep")
     return point_of(table, choose_routes(table.scores, table.madds, tau), tau)
 
 
@@ -134,6 +153,133 @@ def point_of(table: RouteTable, choice: Int[Tensor, " images"], tau: float = 0.0
     shares = choice.bincount(minlength=len(table.madds)).double() / len(choice)
     cost = shares @ torch.tensor(table.madds, dtype=torch.float64)
     return Point(tau, float(top1), float(cost), tuple(shares.tolist()))
+
+
+@torch.no_grad()
+def sweep(net: DynamicNet, batches: Iterable, taus: Sequence[float]) -> list[Point]:
+    """Accuracy and cost of any number of gates at each price, by running them.
+
+    Args:
+        net: run in eval mode, and left so.
+        batches: objects with `image` and `label`, gone through once.
+        taus: prices of compute.
+
+    Returns:
+        A point for each; its shares are those of the routes over all gates.
+    """
+    net.eval()
+    device = next(net.parameters()).device
+    routes = torch.tensor(net.routing_space)
+    correct, cost, seen = ([0.0] * len(taus) for _ in range(3))
+    counts = [torch.zeros(len(routes), dtype=torch.float64) for _ in taus]
+    for batch in batches:
+        image, label = batch.image.to(device), batch.label.to(device)
+        for t, tau in enumerate(taus):
+            output: DynamicOutput = net(image, tau=tau)  # pyright: ignore[reportAssignmentType]
+            check_finite(output.logits, first=int(seen[t]))
+            correct[t] += float((output.logits.argmax(1) == label).sum())
+            cost[t] += float(output.madds.double().sum())
+            counts[t] += (output.routes.cpu()[..., None] == routes).double().sum((0, 1))
+            seen[t] += len(image)
+    if not all(seen):
+        raise UserError("there are no images to evaluate on")
+    return [
+        Point(tau, right / n, madds / n, tuple((used / used.sum()).tolist()))
+        for tau, right, madds, used, n in zip(taus, correct, cost, counts, seen, strict=True)
+    ]
+
+
+def cost_curve(
+    net: DynamicNet,
+    batches: Callable[[], Iterable],
+    madds: Sequence[int],
+    runs: int = 24,
+    step: float = 0.03,
+) -> list[Point]:
+    """Operating points from the dearest that the gates reach to the cheapest, tau ascending.
+
+    Prices spread out from 0 until nothing changes at either end, then fall into the widest gaps.
+
+    Args:
+        net: every point is a run over all images.
+        batches: makes the images to run on.
+        madds: cost of every route of the space at their size.
+        runs: at most so many runs.
+        step: gaps of this share of the widest route's cost are narrow enough.
+    """
+    first = sweep(net, batches(), (-0.1, 0.0, 0.1))
+    points = {point.tau: point for point in first}
+    step *= madds[-1]
+    while len(points) < runs:
+        least, most = min(points), max(points)
+        if points[most].madds > madds[0] + step and most < 1e4:
+            tau = 2 * most
+        elif points[least].madds < madds[-1] - step and least > -1e4:
+            tau = 2 * least
+        else:
+            pairs = list(pairwise(sorted(points)))
+            gaps = [points[a].madds - points[b].madds for a, b in pairs]
+            if max(gaps) <= step:
+                break
+            tau = sum(pairs[gaps.index(max(gaps))]) / 2
+        (points[tau],) = sweep(net, batches(), [tau])
+    return [points[tau] for tau in sorted(points)]
+
+
+def operating_points(
+    net: DynamicNet, table: RouteTable, batches: Callable[[], Iterable], taus: Sequence[float]
+) -> list[Point]:
+    """Points at given prices: from the table of a single gate, else by running the network.
+
+    Args:
+        net: the network.
+        table: every route's answers on the images.
+        batches: makes the images, where they have to be run.
+        taus: prices of compute.
+    """
+    if net.num_gates > 1:
+        return sweep(net, batches(), taus)
+    return [point_at(table, tau) for tau in taus]
+
+
+def price_list(
+    net: DynamicNet, table: RouteTable, batches: Callable[[], Iterable], targets: Sequence[float]
+) -> list[float]:
+    """The price that leads to each target of mean MAdds; targets out of reach are left out.
+
+    Args:
+        net: the network.
+        table: every route's answers on the images that prices are set on.
+        batches: makes these images, where they have to be run.
+        targets: mean MAdds of an image.
+    """
+    if net.num_gates == 1:
+        allowed = [
+            cost for j, cost in enumerate(table.madds) if table.scores[:, j].isfinite().any()
+        ]
+        return [
+            calibrate_tau(table.scores, table.madds, target)
+            for target in targets
+            if allowed[0] <= target <= allowed[-1]
+        ]
+    curve = cost_curve(net, batches, table.madds)
+    costs = [point.madds for point in curve]
+    return [tau_at(curve, target) for target in targets if min(costs) <= target <= max(costs)]
+
+
+def tau_at(curve: Sequence[Point], target: float) -> float:
+    """The price whose mean MAdds are `target`, interpolated on a `cost_curve`.
+
+    Raises:
+        UserError: the target is not feasible.
+    """
+    costs = np.minimum.accumulate([point.madds for point in curve])
+    if not costs[-1] <= target <= costs[0]:
+        raise UserError(
+            f"target {target:g} lies outside what the gates do",
+            fix=f"choose a target from {costs[-1]:g} to {costs[0]:g}",
+        )
+    return float(np.interp(target, costs[::-1], [point.tau for point in curve][::-1]))
 
 
 def calibrate_tau(

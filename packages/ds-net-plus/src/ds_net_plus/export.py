@@ -1,9 +1,11 @@
 """Plain files of every route: ExportedProgram, ONNX, and safetensors with a manifest.
 
-Three kinds of part are written. `route_k` is a whole sub-network, image -> logits. `front` is what
-all routes share, image -> (features, gate logits), and `rest_k` what follows it on route k,
-features -> logits; together they rebuild dynamic inference anywhere. Every file is read again and
-must answer as the sliced network does before the manifest names it.
+`route_k` is a whole sub-network, image -> logits. `front` is what all routes share, image ->
+(features, gate logits), and `rest_k` what follows it on route k, features -> logits; together they
+rebuild dynamic inference anywhere. With several gates `enter_g_b_k` and `stage_g_k` stand for the
+rest: the layers behind gate g that lead from route b to route k, and what follows up to the next
+gate, (features, gate logits), or to the logits. Every file is read again and must answer as the
+sliced network does before the manifest names it.
 """
 
 import copy
@@ -12,7 +14,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,6 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SUFFIXES = {"torch": ".safetensors", "onnx": ".onnx", "exported-program": ".pt2"}
 TOLERANCE = 1e-5
-# input and outputs of each kind of part
-_PORTS = {
-    "route": ("image", ("logits",)),
-    "front": ("image", ("features", "gate_logits")),
-    "rest": ("features", ("logits",)),
-}
 # neither is the batch size that a dynamic axis was traced with
 _TRACED, _CHECKED = 2, (1, 3)
 _LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
@@ -45,11 +41,48 @@ Run = Callable[[Tensor], Any]  # input -> output, or a tuple of outputs
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of the network.
+
+    Attributes:
+        kind: "route", "front", "rest", "enter" or "stage".
+        route: route of the piece; None for the front.
+        gate: number of the gate in front of it, of the last two kinds.
+        before: route of the stage before, of "enter".
+        last: whether nothing follows a "stage".
+    """
+
+    kind: str
+    route: RouteLike | None = None
+    gate: int | None = None
+    before: int | None = None
+    last: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        keys = [key for key in (self.gate, self.before, self.route) if key is not None]
+        return "_".join(map(str, [self.kind, *keys]))
+
+    @property
+    def ports(self) -> tuple[str, tuple[str, ...]]:
+        """Names of input and outputs."""
+        if self.kind == "stage":
+            return "entered", ("logits",) if self.last else ("features", "gate_logits")
+        return {
+            "route": ("image", ("logits",)),
+            "front": ("image", ("features", "gate_logits")),
+            "rest": ("features", ("logits",)),
+            "enter": ("features", ("entered",)),
+        }[self.kind]
+
+
+@dataclass(frozen=True)
 class Exported:
     """One file of an export.
 
     Attributes:
-        part: "route_k", "front" or "rest_k".
+        part: the part's name, such as "route_0" or "front".
         format: a key of `SUFFIXES`.
         path: the file.
         deviation: largest difference from the sliced network, relative to its largest output.
@@ -87,13 +120,27 @@ class _Plan:
     def checked(self) -> tuple[int, ...]:
         return (self.batch,) if self.batch else _CHECKED
 
-    def inputs(self, kind: str, batch: int) -> Tensor:
-        """Random images, or the features of some."""
+    def inputs(self, part: Part, batch: int) -> Tensor:
+        """Random images, or what such images give in front of a part."""
         generator = torch.Generator().manual_seed(batch)
         shape = (batch, self.net.in_channels, self.size, self.size)
         x = torch.randn(shape, generator=generator)
-        x = self.net.front(x).features if _PORTS[kind][0] == "features" else x
-        return x.contiguous(memory_format=_LAYOUTS[self.channels_last])
+        if part.ports[0] != "image":
+            x = self._ahead(x, part)
+        return x.contiguous(memory_format=_LAYOUTS[self.channels_last and x.ndim == 4])
+
+    def _ahead(self, x: Tensor, part: Part) -> Tensor:
+        """Features in front of a part, on the route before it throughout."""
+        net, x = self.net, self.net.front(x).features
+        before = part.before if part.kind == "enter" else part.route
+        for gate in range(part.gate or 0):
+            assert isinstance(before, int)
+            x = net.stage(net.enter(x, gate, before), gate, before).features
+        if part.kind == "stage":
+            assert part.gate is not None
+            assert isinstance(part.route, int)
+            x = net.enter(x, part.gate, part.route)
+        return x
 
 
 def export_routes(
@@ -141,13 +188,11 @@ def export_routes(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    parts: list[tuple[str, RouteLike | None]] = [("route", route) for route in chosen]
-    parts += [("front", None), *(("rest", route) for route in chosen if route != LARGEST)]
     exported, entries = [], []
-    for kind, route in parts:
-        done = _export_part(plan, kind, route, folder, formats)
+    for part in _parts(net, chosen):
+        done = _export_part(plan, part, folder, formats)
         exported += done
-        entries.append(_entry(plan, kind, route, done))
+        entries.append(_entry(plan, part, done))
     with atomic_file(folder / MANIFEST) as file:
         manifest = _manifest(plan, preprocessing) | {"parts": entries}
         file.write((json.dumps(manifest, indent=2) + "\n").encode())
@@ -174,52 +219,74 @@ def _check_formats(formats: Sequence[str]) -> None:
         raise UserError(f"format onnx needs {lacking}", fix="pip install ds-net-plus[export]")
 
 
-def _name(kind: str, route: RouteLike | None) -> str:
-    return kind if route is None else f"{kind}_{route}"
+def _parts(net: DynamicNet, chosen: Sequence[RouteLike]) -> list[Part]:
+    """All parts of an export: sub-networks, front, and what dynamic inference needs behind it."""
+    parts = [Part("route", route) for route in chosen] + [Part("front")]
+    routes = [route for route in chosen if isinstance(route, int)]
+    if net.num_gates == 1:
+        return parts + [Part("rest", route) for route in routes]
+    for gate in range(net.num_gates):
+        last = gate + 1 == net.num_gates
+        # the first stage has nothing but the front before it
+        befores = [None] if gate == 0 else routes
+        parts += [Part("enter", k, gate, before) for before in befores for k in routes]
+        parts += [Part("stage", k, gate, last=last) for k in routes]
+    return parts
 
 
-def _plain(net: DynamicNet, kind: str, route: RouteLike | None, fold_bn: bool) -> nn.Module:
+def _plain(net: DynamicNet, part: Part, fold_bn: bool) -> nn.Module:
     """A part as a plain module."""
-    if route is None:
+    if part.kind == "front":
         module = net.materialize_front(fold_bn=fold_bn)
+    elif part.kind == "enter":
+        module = net.materialize_enter(part.gate, part.before, part.route, fold_bn)  # pyright: ignore[reportArgumentType]
+    elif part.kind == "stage":
+        module = net.materialize_stage(part.gate, part.route, fold_bn)  # pyright: ignore[reportArgumentType]
     else:
-        build = net.materialize if kind == "route" else net.materialize_rest
-        module = build(route, fold_bn=fold_bn)
+        build = net.materialize if part.kind == "route" else net.materialize_rest
+        module = build(part.route, fold_bn=fold_bn)  # pyright: ignore[reportArgumentType]
     return module.requires_grad_(False).eval()
 
 
-def _sliced(net: DynamicNet, kind: str, route: RouteLike | None, x: Tensor) -> Any:
+def _sliced(net: DynamicNet, part: Part, x: Tensor) -> Any:
     """What a part must compute."""
-    if route is None:
+    if part.kind == "front":
         features, gate_input = net.front(x)
         return features, net.gate_logits(gate_input)
-    return net(x, route=route) if kind == "route" else net.rest(x, route)
+    if part.kind == "route":
+        return net(x, route=part.route)
+    if part.kind == "rest":
+        return net.rest(x, part.route)  # pyright: ignore[reportArgumentType]
+    assert part.gate is not None
+    assert isinstance(part.route, int)
+    if part.kind == "enter":
+        return net.enter(x, part.gate, part.route)
+    features, gate_input = net.stage(x, part.gate, part.route)
+    return features if part.last else (features, net.gate_logits(gate_input, part.gate + 1))
 
 
 @torch.no_grad()
-def _export_part(
-    plan: _Plan, kind: str, route: RouteLike | None, folder: Path, formats: Sequence[str]
-) -> list[Exported]:
+def _export_part(plan: _Plan, part: Part, folder: Path, formats: Sequence[str]) -> list[Exported]:
     """Writes one part in every format, and compares each file with the sliced network."""
-    module = _plain(plan.net, kind, route, plan.fold_bn)
+    module = _plain(plan.net, part, plan.fold_bn)
     module = module.to(memory_format=_LAYOUTS[plan.channels_last])  # pyright: ignore[reportCallIssue]
     program = None
     if set(formats) - {"torch"}:
         shapes = None if plan.batch else ({0: torch.export.Dim("batch")},)
-        example = plan.inputs(kind, plan.batch or _TRACED)
+        example = plan.inputs(part, plan.batch or _TRACED)
         program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     done = []
     for name in formats:
-        path = folder / (_name(kind, route) + SUFFIXES[name])
-        _save(module, program, kind, name, path)
-        run, deviation = _open(path, name, plan.recipe, kind, route), 0.0
-        for x in (plan.inputs(kind, size) for size in plan.checked):
-            expected = _sliced(plan.net, kind, route, x)
+        path = folder / (part.name + SUFFIXES[name])
+        _save(module, program, part, name, path)
+        run, deviation = _open(path, name, plan.recipe, part), 0.0
+        for x in (plan.inputs(part, size) for size in plan.checked):
+            expected = _sliced(plan.net, part, x)
             deviation = max(deviation, *map(relative_deviation, _tuple(run(x)), _tuple(expected)))
         if not deviation <= TOLERANCE:
             limit = f"{deviation:.2g} of its largest output, more than {TOLERANCE:g}"
             raise RuntimeError(f"{path.name} differs from the sliced network by {limit}")
-        done.append(Exported(_name(kind, route), name, path, deviation, plan.checked))
+        done.append(Exported(part.name, name, path, deviation, plan.checked))
     return done
 
 
@@ -227,13 +294,13 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _save(module: nn.Module, program: Any, kind: str, format: str, path: Path) -> None:
+def _save(module: nn.Module, program: Any, part: Part, format: str, path: Path) -> None:
     if format == "torch":
         layout = torch.contiguous_format  # the only one that safetensors knows
         state = {k: v.clone(memory_format=layout) for k, v in module.state_dict().items()}
         safetensors.torch.save_file(state, path)
     elif format == "onnx":
-        inputs, outputs = [_PORTS[kind][0]], list(_PORTS[kind][1])
+        inputs, outputs = [part.ports[0]], list(part.ports[1])
         options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
         torch.onnx.export(program, (), path, input_names=inputs, output_names=outputs, **options)
     else:
@@ -243,14 +310,14 @@ def _save(module: nn.Module, program: Any, kind: str, format: str, path: Path) -
             torch.export.save(program, path)
 
 
-def _entry(
-    plan: _Plan, kind: str, route: RouteLike | None, done: Sequence[Exported]
-) -> dict[str, Any]:
+def _entry(plan: _Plan, part: Part, done: Sequence[Exported]) -> dict[str, Any]:
     """A part's lines in the manifest."""
-    (inputs, outputs), name = _PORTS[kind], _name(kind, route)
-    entry: dict[str, Any] = {"name": name, "kind": kind, "route": route}
+    inputs, outputs = part.ports
+    entry: dict[str, Any] = {"name": part.name, **asdict(part)}
     entry |= {"input": inputs, "outputs": list(outputs)}
-    if route is not None:
+    if part.kind in ("route", "rest"):
+        route = part.route
+        assert route is not None
         madds, params = plan.net.madds(route, plan.size), plan.net.active_params(route)
         entry |= {"widths": list(plan.net.route_widths(route)), "madds": madds, "params": params}
     entry["files"] = {item.format: item.path.name for item in done}
@@ -262,6 +329,7 @@ def _manifest(plan: _Plan, preprocessing: Mapping[str, object] | None) -> dict[s
     return {
         "format_version": 1,
         **plan.recipe,
+        "num_gates": net.num_gates,
         "gate": net.gate_state() | {"gate_trained": net.gate_trained},
         "decision": "route = routing_space[argmax_k(score_k - tau * madds_k / madds_last)], "
         "score = sigmoid(gate_logits) for gate_score 'probability', else gate_logits",
@@ -297,7 +365,7 @@ def load_exported(folder: str | Path, part: RouteLike = "front", format: str = "
 
     Args:
         folder: that of `export_routes`.
-        part: a route index, "largest", or a part's name: "route_k", "front", "rest_k".
+        part: a route index, "largest", or a part's name, such as "front" or "rest_2".
         format: which of its files; "torch" gives an ordinary module.
 
     Returns:
@@ -316,12 +384,12 @@ def load_exported(folder: str | Path, part: RouteLike = "front", format: str = "
             fix=f"choose from {', '.join(entries)}",
         )
     entry = entries[name]
-    return _open(folder / entry["files"][format], format, manifest, entry["kind"], entry["route"])
+    keys = {key: entry.get(key) for key in ("kind", "route", "gate", "before")}
+    described = Part(**keys, last=bool(entry.get("last")))
+    return _open(folder / entry["files"][format], format, manifest, described)
 
 
-def _open(
-    path: Path, format: str, recipe: Mapping[str, Any], kind: str, route: RouteLike | None
-) -> Run:
+def _open(path: Path, format: str, recipe: Mapping[str, Any], part: Part) -> Run:
     """Opens a file; `recipe` says how to rebuild the module whose weights a "torch" file holds."""
     if format == "onnx":
         return _onnx_session(path)
@@ -329,7 +397,7 @@ def _open(
         return torch.export.load(path).module()
     with torch.device("meta"):
         net = create_model(recipe["arch"], **recipe["config"])
-        module = _plain(net, kind, route, recipe["fold_bn"])
+        module = _plain(net, part, recipe["fold_bn"])
     module = module.to_empty(device="cpu")
     module.load_state_dict(load_state(path))
     return module.to(memory_format=_LAYOUTS[recipe["channels_last"]])  # pyright: ignore[reportCallIssue]

@@ -15,7 +15,7 @@ SGS_MODES = ("try_best", "give_up", "ladder", "none")
 
 
 class GateSample(NamedTuple):
-    """A sampled decision.
+    """A sampled decision; with several gates they are the second dimension.
 
     Attributes:
         gate: one-hot in value, with the gradient of `soft` (straight through).
@@ -23,9 +23,9 @@ class GateSample(NamedTuple):
         choice: the sampled position.
     """
 
-    gate: Float[Tensor, "batch routes"]
-    soft: Float[Tensor, "batch routes"]
-    choice: Int[Tensor, " batch"]
+    gate: Float[Tensor, "batch ... routes"]
+    soft: Float[Tensor, "batch ... routes"]
+    choice: Int[Tensor, "batch ..."]
 
 
 def gumbel_noise(logits: Float[Tensor, "batch routes"]) -> Float[Tensor, "batch routes"]:
@@ -106,12 +106,12 @@ class GateLoss:
 
     def __call__(
         self,
-        gate_logits: Float[Tensor, "batch routes"],
+        gate_logits: Float[Tensor, "batch ... routes"],
         sample: GateSample,
         dynamic_logits: Float[Tensor, "batch classes"],
         labels: Int[Tensor, " batch"],
         targets: Int[Tensor, " batch"] | None,
-        madds: Sequence[int],
+        madds: Sequence[int] | Tensor,
     ) -> dict[str, Tensor]:
         """The weighted sum under "loss" and its three parts, unweighted.
 
@@ -120,33 +120,56 @@ class GateLoss:
             sample: the decision made from them.
             dynamic_logits: class logits of the routed network, differentiable in `sample.gate`.
             labels: classes.
-            targets: difficulty labels, or None to leave the term out.
-            madds: cost of the routes, ascending.
+            targets: difficulty labels, the same for all gates, or None to leave the term out.
+            madds: cost of the routes, ascending, or of all paths, see `complexity`.
         """
         ce = F.cross_entropy(dynamic_logits, labels, label_smoothing=self.smoothing)
         cplx = complexity(sample.gate, madds, self.scale)
         sgs = torch.zeros_like(ce)
         if targets is not None:
             scores = gate_logits if self.sgs_on == "logits" else sample.soft
-            sgs = F.cross_entropy(scores, targets, label_smoothing=self.smoothing)
+            every = targets if scores.ndim == 2 else targets.repeat_interleave(scores.shape[1])
+            sgs = F.cross_entropy(scores.flatten(0, -2), every, label_smoothing=self.smoothing)
         loss = self.lambda_ce * ce + self.lambda_cplx * cplx + self.lambda_sgs * sgs
         return {"loss": loss, "ce": ce, "complexity": cplx, "sgs": sgs}
 
 
 def complexity(
-    gate: Float[Tensor, "batch routes"], madds: Sequence[int], scale: float | None = None
+    gate: Float[Tensor, "batch ... routes"],
+    madds: Sequence[int] | Tensor,
+    scale: float | None = None,
 ) -> Float[Tensor, ""]:
-    """(E[MAdds] / scale)^2, the batch mean inside the square; scale is the last route's if None."""
-    costs = torch.tensor(madds, dtype=torch.float64) / (scale or madds[-1])
-    return (gate @ costs.to(gate.device, gate.dtype)).mean().square()
+    """(E[MAdds] / scale)^2, the batch mean inside the square.
+
+    Args:
+        gate: (batch, routes), or (batch, gates, routes).
+        madds: cost of every route, or of every path with one dimension for each gate.
+        scale: MAdds that count as 1; the widest path's where None.
+    """
+    costs = torch.as_tensor(madds, dtype=torch.float64)
+    costs = (costs / (scale or costs.flatten()[-1])).to(gate.device, gate.dtype)
+    first, *others = gate.unbind(1) if gate.ndim == 3 else (gate,)
+    expected = torch.einsum("nk,k...->n...", first, costs)
+    for choice in others:
+        expected = torch.einsum("nk,nk...->n...", choice, expected)
+    return expected.mean().square()
 
 
 def value_loss(
-    gate_logits: Float[Tensor, "batch routes"],
+    gate_logits: Float[Tensor, "batch ... routes"],
     route_logits: Float[Tensor, "batch routes classes"],
     labels: Int[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
-    """Binary cross-entropy of each output against its route's probability of the true class."""
+    """Binary cross-entropy of each output against its route's probability of the true class.
+
+    Args:
+        gate_logits: (batch, routes), or (batch, gates, routes): all gates have the same targets.
+        route_logits: class logits of every route.
+        labels: classes.
+    """
     probability = route_logits.softmax(2)
     picked = probability.gather(2, labels[:, None, None].expand(-1, probability.shape[1], 1))
-    return F.binary_cross_entropy_with_logits(gate_logits, picked.squeeze(2))
+    target = picked.squeeze(2)
+    if gate_logits.ndim == 3:
+        target = target[:, None].expand_as(gate_logits)
+    return F.binary_cross_entropy_with_logits(gate_logits, target)

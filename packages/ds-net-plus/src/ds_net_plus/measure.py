@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_net_plus.layers import SwitchableBN
 from ds_net_plus.model import DynamicNet, RouteLike
+from ds_net_plus.model.grouping import Decide
 from ds_net_plus.runner import DynamicRunner, fast_route
 from tenfold.device import Timing, time_interleaved
 from tenfold.errors import UserError
@@ -129,49 +131,51 @@ def mix_to_choice(mix: Sequence[float], batch: int) -> Tensor:
 def execution_rivals(
     net: DynamicNet, choice: Tensor, size: int
 ) -> dict[str, Callable[[Tensor], object]]:
-    """Ways to run a batch whose images take the routes `choice` of the routing space.
+    """Ways to run a batch whose images take the routes `choice`, positions in the routing space.
 
+    With several gates `choice` is (batch, gates), or (batch,) for the same route at all of them.
     "widest" and "cheapest": every image on that plain network. "grouped": `DynamicRunner` with
     these choices, its gate and front included. "masked": the path of the mask estimator, one dense
     run at the widest, masked per image; "masked, plain front": the same behind the runner's front.
     "per image": `grouped` one image at a time. "naive widest": the widest route by slicing
-    views, norms not folded, NCHW weights.
+    views, norms not folded, NCHW weights. The masked ones where the network can be masked.
     """
-    runner = DynamicRunner(net)
-    space = net.routing_space
-    gate = torch.nn.functional.one_hot(choice, len(space)).float()
-    gate = gate.to(next(net.parameters()).device)
-
+    runner, space = DynamicRunner(net), net.routing_space
     choice = choice.view(len(choice), -1).expand(-1, net.num_gates)
+    gates = F.one_hot(choice, len(space)).float().to(next(net.parameters()).device)
 
     def decide(logits: Tensor, gate: int, part: slice = slice(None)) -> Tensor:
         net.decide(logits, size=size)  # the decision is part of the cost; the mix is prescribed
         return choice[part, gate]
 
+    def behind(features: Tensor, logits: Tensor, decide: Decide) -> object:
+        return runner.run(features, logits, decide, size)
+
     def grouped(x: Tensor) -> object:
-        return runner.run(*runner.front(x), decide, size)
-
-    def masked(x: Tensor) -> object:
-        return net.masked_rest(net.front(x).features, gate, space)
-
-    def masked_lean(x: Tensor) -> object:
-        return net.masked_rest(runner.front(x)[0], gate, space)
+        return behind(*runner.front(x), decide)
 
     def one_by_one(x: Tensor) -> object:
         return [
-            runner.run(*runner.front(x[n : n + 1]), partial(decide, part=slice(n, n + 1)), size)
+            behind(*runner.front(x[n : n + 1]), partial(decide, part=slice(n, n + 1)))
             for n in range(len(x))
         ]
 
-    return {
+    def masked(features: Tensor) -> object:
+        for gate in range(net.num_gates):
+            features = net.masked_stage(features, gate, gates[:, gate], space).features
+        return features
+
+    rivals: dict[str, Callable[[Tensor], object]] = {
         "widest": fast_route(net, space[-1]),
         "cheapest": fast_route(net, space[0]),
         "grouped": grouped,
-        "masked": masked,
-        "masked, plain front": masked_lean,
         "per image": one_by_one,
         "naive widest": lambda x: net(x.contiguous(), route=space[-1]),
     }
+    if net.maskable:
+        rivals["masked"] = lambda x: masked(net.front(x).features)
+        rivals["masked, plain front"] = lambda x: masked(runner.front(x)[0])
+    return rivals
 
 
 def ordinary_activations(net: DynamicNet, seed: int = 0) -> DynamicNet:

@@ -1,13 +1,14 @@
 """Grouped execution on materialised routes: the fast way to run a trained network."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ds_net_plus.fused import fuse
+from ds_net_plus.graphs import GraphedNetwork
 from ds_net_plus.model import (
     LARGEST,
     DynamicNet,
@@ -16,6 +17,7 @@ from ds_net_plus.model import (
     RouteLike,
     check_statistics,
 )
+from ds_net_plus.model.base import check_choice
 from ds_net_plus.model.grouping import Decide
 from tenfold.errors import UserError
 
@@ -58,16 +60,28 @@ def prepare(module: nn.Module, memory_format: torch.memory_format = torch.channe
     return fuse(module)
 
 
+class _Launched(NamedTuple):
+    """A batch whose front has been launched."""
+
+    features: Tensor
+    gate_logits: Tensor
+    choice: Tensor  # on the host, complete once `arrived` is over
+    arrived: Any
+    size: int
+
+
 class DynamicRunner:
     """Runs each image on the route its gate chooses, as plain networks on groups of images.
 
     One shared front; for each gate one transfer from device to host and one call for each route in
     use. The plain networks have their batch norms folded and contiguous weights; they are built
-    once and do not follow later changes of the model.
+    once and do not follow later changes of the model. On a GPU they run as CUDA graphs.
 
     Example:
         >>> runner = DynamicRunner(model.eval(), tau=0.1)
         >>> logits, routes, madds = runner(images)
+        >>> for logits, routes, madds in runner.map(loader):  # the next front runs ahead
+        ...     ...
     """
 
     def __init__(
@@ -78,6 +92,8 @@ class DynamicRunner:
         compile: bool = False,
         memory_format: torch.memory_format = torch.channels_last,
         share_storage: bool = False,
+        dtype: torch.dtype | None = None,
+        graphs: bool | None = None,
     ) -> None:
         """Materialises front and routes.
 
@@ -89,6 +105,9 @@ class DynamicRunner:
             memory_format: of images, features and weights.
             share_storage: linear layers stay views of the model's weights, which saves memory and
                 costs nothing; convolutions are copied.
+            dtype: of weights and activations, such as torch.bfloat16; the model's where None. Gate
+                decisions and class logits are float32 all the same.
+            graphs: run as CUDA graphs; where None, on a GPU unless `compile` does so itself.
 
         Raises:
             UserError: the gate is untrained, a route outside the routing space, or routes whose
@@ -103,7 +122,12 @@ class DynamicRunner:
                 fix=f"choose from {list(model.routing_space)}",
             )
         check_statistics(model, self.routes)
+        parameter = next(model.parameters())
+        self.dtype, on_gpu = dtype or parameter.dtype, parameter.device.type == "cuda"
         self.compile, self.share_storage = compile, share_storage
+        self.pool = None
+        if (on_gpu and not compile) if graphs is None else graphs:
+            self.pool = torch.cuda.graph_pool_handle()
         self.front = ChunkedFront(self._ready(model.materialize_front()))
         self.parts: dict[tuple[str, int, int | None, int], Any] = {}
         for gate in range(model.num_gates):
@@ -111,8 +135,10 @@ class DynamicRunner:
                 self._part(("stage", gate, None, route))
 
     def _ready(self, module: nn.Module) -> Any:
+        module = module.to(self.dtype)
         if not self.compile:
-            return prepare(module, self.memory_format)
+            ready = prepare(module, self.memory_format)
+            return ready if self.pool is None else GraphedNetwork(ready, self.pool)
         module = module.to(memory_format=self.memory_format).requires_grad_(False).eval()  # pyright: ignore[reportCallIssue]
         return torch.compile(module, dynamic=False)  # fuses by itself
 
@@ -123,11 +149,56 @@ class DynamicRunner:
         Raises:
             UserError: an image whose gate logits are not finite.
         """
-        size = x.shape[-1]
-        features, gate_logits = self.front(x.contiguous(memory_format=self.memory_format))
+        return self._finish(self._launch(x))
+
+    def map(self, batches: Iterable[Tensor]) -> Iterator[DynamicOutput]:
+        """Answers for each batch; on a GPU a batch's front is launched before the last one's gate
+        is read, so that the device does not wait for the host.
+
+        Args:
+            batches: images on any device.
+
+        Raises:
+            UserError: an image whose gate logits are not finite.
+        """
+        device, ahead = next(self.model.parameters()).device, None
+        for x in batches:
+            with torch.inference_mode():
+                launched = self._launch(x.to(device, non_blocking=True))
+                answer = None if ahead is None else self._finish(ahead)
+            ahead = launched
+            if answer is not None:
+                yield answer
+        if ahead is not None:
+            with torch.inference_mode():
+                answer = self._finish(ahead)
+            yield answer
+
+    def _launch(self, x: Tensor) -> "_Launched":
+        """Front and first gate, whose choice is on its way to the host."""
+        x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
+        features, gate_logits = self.front(x)
+        choice = self.model.choose(gate_logits.float(), self.tau, x.shape[-1], self.routes)
+        # a fused ReLU turns NaN into 0, so the logits alone do not tell
+        choice = torch.where(x.flatten(1).sum(1).isfinite(), choice, -1)
+        if choice.device.type != "cuda":
+            return _Launched(features, gate_logits, choice, None, x.shape[-1])
+        host = torch.empty(choice.shape, dtype=choice.dtype, pin_memory=True)
+        host.copy_(choice, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Launched(features, gate_logits, host, arrived, x.shape[-1])
+
+    def _finish(self, launched: "_Launched") -> DynamicOutput:
+        """Everything behind the first decision."""
+        features, gate_logits, choice, arrived, size = launched
 
         def decide(logits: Tensor, gate: int) -> Tensor:
-            return self.model.decide(logits, self.tau, size, self.routes)
+            if gate:
+                return self.model.decide(logits.float(), self.tau, size, self.routes)
+            if arrived is not None:
+                arrived.synchronize()
+            return check_choice(choice)
 
         return self.run(features, gate_logits, decide, size)
 
@@ -142,9 +213,10 @@ class DynamicRunner:
             decide: (gate logits, gate) -> positions in the routing space, on the host.
             size: image side that costs are stated for.
         """
-        return self.model.dispatch(
+        logits, routes, madds = self.model.dispatch(
             features, gate_logits, decide, enter=self._enter, stage=self._stage, size=size
         )
+        return DynamicOutput(logits.float(), routes, madds)
 
     def _enter(self, x: Tensor, gate: int, before: int | None, route: int) -> Tensor:
         return self._part(("enter", gate, before, route))(x)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -109,9 +110,26 @@ class CachedRoutes(DataModule):
         return self.items
 
 
-def cache_routes(net: DynamicNet, batches: Iterable, label: str, progress: bool) -> RouteTable:
-    """`collect` with progress."""
-    return collect(net, track(batches, label=label) if progress else batches)
+def cache_routes(
+    net: DynamicNet, batches: Iterable, label: str, progress: bool, seed: int = 0
+) -> RouteTable:
+    """`collect` with progress; with several gates also what they read on a few mixed paths."""
+    images = track(batches, label=label) if progress else batches
+    return collect(net, images, upstream=upstream_paths(net, seed))
+
+
+def upstream_paths(net: DynamicNet, seed: int, mixed: int = 4) -> list[tuple[int, ...]] | None:
+    """Paths on which several gates learn to read: each route throughout, and `mixed` random ones.
+
+    None for a single gate, which has nothing upstream.
+    """
+    if net.num_gates == 1:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    space = torch.tensor(net.routing_space)
+    draws = space[torch.randint(len(space), (mixed, net.num_gates), generator=generator)]
+    uniform = [(route,) * net.num_gates for route in net.routing_space]
+    return [*uniform, *(tuple(path) for path in draws.tolist())]
 
 
 def train_gate(

@@ -1,6 +1,7 @@
 """The jobs besides fit, validate, test and predict, as plain functions."""
 
 from ds_net_plus.commands.demo import demo
+from ds_net_plus.commands.detect import detect
 from ds_net_plus.commands.explain import explain
 from ds_net_plus.commands.files import convert_checkpoint, data, export
 from ds_net_plus.commands.measuring import benchmark, profile, search_routes
@@ -12,6 +13,7 @@ __all__ = [
     "convert_checkpoint",
     "data",
     "demo",
+    "detect",
     "explain",
     "export",
     "profile",

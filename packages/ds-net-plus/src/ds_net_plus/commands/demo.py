@@ -20,7 +20,7 @@ from ds_net_plus.evaluate import (
     RouteTable,
     collect,
     gain_at_equal_madds,
-    point_at,
+    operating_points,
     restrict,
     saving_at_equal_accuracy,
 )
@@ -134,7 +134,7 @@ def train_both(
         progress=progress,
     )
     supernet = module.evaluated().cpu()
-    seen = cache_routes(supernet, data.gate_loader(), "running every route", progress)
+    seen = cache_routes(supernet, data.gate_loader(), "running every route", progress, seed)
     gated = train_gate(
         supernet,
         CachedRoutes(seen, 256, seed),
@@ -146,7 +146,7 @@ def train_both(
     net = gated.net.cpu().eval()
     net.gate_trained = True
     held = collect(net, data.calibration_loader())
-    net.budgets = budget_table(held)
+    net.budgets = budget_table(net, held, data.calibration_loader)
     write_checkpoint(out / "gate.ckpt", Saved({DATA: dict(data.hparams)}, {STUDENT: net}))
     return evaluate_routes(net, data, held, routes or net.routing_space)
 
@@ -155,10 +155,13 @@ def evaluate_routes(
     net: DynamicNet, data: ImageData, held: RouteTable, routes: Sequence[int]
 ) -> Trained:
     """Test answers and dynamic points of a gate that may use `routes`; tau is set on `held`."""
-    positions = [net.routing_space.index(route) for route in routes]
-    budgets = budget_table(restrict(held, positions))
-    table = restrict(collect(net, data.test_loader()), positions)
-    points = [point_at(table, tau) for tau, _ in sorted(budgets, reverse=True)]
+    table = collect(net, data.test_loader())
+    if net.num_gates == 1:
+        positions = [net.routing_space.index(route) for route in routes]
+        held, table = restrict(held, positions), restrict(table, positions)
+    budgets = budget_table(net, held, data.calibration_loader)
+    taus = [tau for tau, _ in sorted(budgets, reverse=True)]
+    points = operating_points(net, table, data.test_loader, taus)
     return Trained(net, data, table, points, tuple(routes))
 
 

@@ -1,13 +1,16 @@
 """data, export and convert-checkpoint: files in, files out."""
 
 from pathlib import Path
+from typing import Any
 
 from ds_net_plus.checkpoint import DATA, STUDENT, TEACHER, Saved
-from ds_net_plus.commands.common import at_least, beside, open_network
+from ds_net_plus.commands.common import at_least, beside, open_network, parse_numbers
+from ds_net_plus.commands.pretrained import PREFIX, convert_timm
 from ds_net_plus.commands.stages import write
 from ds_net_plus.convert import convert_official, parity_check
-from ds_net_plus.data import normalisation, write_cifar10, write_parquet
+from ds_net_plus.data import normalisation, write_cifar10, write_parquet, write_voc
 from ds_net_plus.export import export_routes
+from ds_net_plus.scenes import SCENE_CLASSES
 from tenfold.checkpoint import load_state
 from tenfold.errors import UserError
 
@@ -16,33 +19,37 @@ def data(
     *,
     out: Path = Path("glyph-mix"),
     layout: str = "parquet",
-    size: int = 32,
+    size: int | None = None,
     train: int = 8000,
     test: int = 4000,
     train_seed: int = 0,
     test_seed: int = 99,
 ) -> None:
-    """Write the generated task glyph-mix to disk, to look at or to read back.
+    """Write the generated task to disk, to look at or to read back: glyph-mix, or glyph scenes.
 
     Args:
         out: folder to write to.
-        layout: parquet (image, label), or cifar10 (the released layout, 32 pixels, colour).
-        size: side of the images in pixels (parquet).
+        layout: parquet (image, label), cifar10 (the released layout, 32 pixels, colour), or voc
+            (scenes with boxes in the released layout).
+        size: side of the images in pixels; 32 if left out, 128 for voc.
         train: number of training images.
         test: number of test images.
         train_seed: of the training images.
         test_seed: of the test images.
     """
     at_least(1, size=size, train=train, test=test)
-    writers = {"parquet": write_parquet, "cifar10": write_cifar10}
+    writers = {"parquet": write_parquet, "cifar10": write_cifar10, "voc": write_voc}
     if layout not in writers:
         raise UserError(f"layout must be one of {', '.join(writers)}, got {layout!r}")
-    options = {} if layout == "cifar10" else {"size": size}
+    least = 32 if layout == "voc" else 8
+    at_least(least, size=size)
+    options = {} if layout == "cifar10" or size is None else {"size": size}
     writers[layout](
         out, train=train, test=test, train_seed=train_seed, test_seed=test_seed, **options
     )
     print(f"wrote {train} training and {test} test images to {out}; read them back with")
-    print(f"  --data.source {layout} --data.root {out}")
+    classes = f" --data.class_names '[{','.join(SCENE_CLASSES)}]'" if layout == "voc" else ""
+    print(f"  --data.source {layout} --data.root {out}{classes}")
 
 
 def export(
@@ -90,15 +97,53 @@ def export(
 
 
 def convert_checkpoint(
-    *, source: Path, out: Path | None = None, gate_trained: bool | None = None
+    *,
+    source: str,
+    out: Path | None = None,
+    gate_trained: bool | None = None,
+    pretrained: bool = True,
+    routes: list[list[float]] | None = None,
+    front_blocks: int | None = None,
+    rhos: str | None = None,
+    gates: int | None = None,
+    importance: str = "magnitude",
+    sort_embedding: bool = False,
+    data: dict[str, Any] | None = None,
 ) -> None:
-    """Turn an official DS-Net .pth.tar into a checkpoint of this package.
+    """Turn an official DS-Net .pth.tar, or a network of timm, into a checkpoint of this package.
 
     Args:
-        source: the file that you have.
-        out: where to write the checkpoint; beside the source if left out.
-        gate_trained: whether the file comes from gate training; judged from the file if left out.
+        source: the official file that you have; or timm:NAME, which fetches the weights of a ViT or
+            ResNet, or timm:NAME:FILE, which reads them from a file.
+        out: where to write the checkpoint; if left out beside the official file, or here.
+        gate_trained: whether the official file comes from gate training; judged from the file if
+            left out.
+        pretrained: fetch timm's weights; random ones if false.
+        routes: of a ViT, such as [[384,3,2,10],[384,6,4,10]] (features, heads, MLP ratio, blocks).
+        front_blocks: blocks of a ViT in front of the gate, 2 if left out.
+        rhos: slimming ratios of a ResNet, such as 0.25,0.5,1.
+        gates: of a ResNet, 4 or 1; 4 if left out.
+        importance: what timm's units are sorted by: magnitude, taylor (on --data) or none.
+        sort_embedding: also sort the features of a ViT's tokens, for routes of fewer features.
+        data: images for taylor, such as --data.root DIR for ImageNet's.
     """
+    given = {"routes": routes, "front_blocks": front_blocks, "rhos": rhos, "gates": gates}
+    given |= {"sort_embedding": sort_embedding or None, "data": data}
+    options = {key: value for key, value in given.items() if value is not None}
+    if source.startswith(PREFIX):
+        if rhos is not None:
+            options["rhos"] = parse_numbers(rhos, float, "--rhos")
+        options |= {"importance": importance}
+        convert_timm(source, out, pretrained, options.pop("data", None), options)
+    elif options:
+        option = next(iter(options)).replace("_", "-")
+        raise UserError(f"--{option} is for networks of timm", fix="give --source timm:NAME")
+    else:
+        _convert_official(Path(source), out, gate_trained)
+
+
+def _convert_official(source: Path, out: Path | None, gate_trained: bool | None) -> None:
+    """Both state dicts of an official file, and what was found in it."""
     raw = load_state(source)
     nets = {}
     for name, which in ((STUDENT, "model"), (TEACHER, "ema")):

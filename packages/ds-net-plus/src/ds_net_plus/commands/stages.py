@@ -1,8 +1,11 @@
 """recalibrate, train-gate and calibrate-budget: from a supernet to a network with a dial."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
 from ds_net_plus.commands.common import at_least, beside, open_data, open_network, parse_numbers
@@ -10,8 +13,11 @@ from ds_net_plus.evaluate import (
     RouteTable,
     calibrate_tau,
     collect,
+    cost_curve,
     gain_at_equal_madds,
-    point_at,
+    operating_points,
+    price_list,
+    tau_at,
 )
 from ds_net_plus.losses import sgs_targets
 from ds_net_plus.measure import profile_routes
@@ -133,7 +139,7 @@ def train_gate(
             "the mask estimator runs the network in every step", fix="add --cache false"
         )
     if cache:
-        table = cache_routes(net, source.gate_loader(), "running every route once", progress=True)
+        table = cache_routes(net, source.gate_loader(), "running every route once", True, seed)
     images = source if table is None else CachedRoutes(table, batch_size, seed)
     module = run_stage2(
         net,
@@ -168,33 +174,41 @@ def finish_gate(
 ) -> None:
     """Writes the gate's checkpoint with its budget table, prints and draws the gate report."""
     held = collect(net, source.calibration_loader())
-    net.budgets = budget_table(held)
+    net.budgets = budget_table(net, held, source.calibration_loader)
     test = collect(net, source.test_loader())
-    points = [point_at(test, 0.0)] + [point_at(test, tau) for tau, _ in net.budgets]
+    taus = [0.0] + [tau for tau, _ in net.budgets]
+    points = operating_points(net, test, source.test_loader, taus)
     space = net.routing_space
     print(comparison_table(comparison_rows(test, points, routes=space), routes=space))
-    choice = choose_routes(test.scores, test.madds, 0.0)
-    sgs = "ladder" if sgs == "none" else sgs
-    targets = sgs_targets(test.correct, sgs)
-    print(
-        f"gate accuracy: {float((choice == targets).double().mean()):.4f} of the images take "
-        f"the route that {sgs} calls right"
-    )
-    picture = save(
-        gate_confusion(test, choice, targets, routes=space, target=f"label of {sgs}"),
-        out.with_suffix(".confusion.png"),
-    )
     gated = Saved({DATA: saved.raw.get(DATA, {})}, {STUDENT: net})
-    print(f"wrote {write(out, gated)} and {picture}")
+    print(f"wrote {write(out, gated)}")
+    if net.num_gates == 1:
+        print(confusion(test, space, "ladder" if sgs == "none" else sgs, out))
+
+
+def confusion(test: RouteTable, space: tuple[int, ...], sgs: str, out: Path) -> str:
+    """Draws what the gate chooses against what SGS calls right, and says how often they agree."""
+    choice = choose_routes(test.scores, test.madds, 0.0)
+    targets = sgs_targets(test.correct, sgs)
+    figure = gate_confusion(test, choice, targets, routes=space, target=f"label of {sgs}")
+    picture = save(figure, out.with_suffix(".confusion.png"))
+    share = float((choice == targets).double().mean())
+    return (
+        f"gate accuracy: {share:.4f} of the images take the route that {sgs} calls right, "
+        f"see {picture}"
+    )
 
 
 def budget_table(
-    table: RouteTable, shares: tuple[float, ...] = SHARES
+    net: DynamicNet,
+    table: RouteTable,
+    batches: Callable[[], Iterable],
+    shares: tuple[float, ...] = SHARES,
 ) -> list[tuple[float, float]]:
     """(tau, mean MAdds) for shares of the widest route's cost, as far as they are feasible."""
-    targets = [s * table.madds[-1] for s in shares if s * table.madds[-1] >= table.madds[0]]
-    taus = [calibrate_tau(table.scores, table.madds, target) for target in targets]
-    return [(tau, point_at(table, tau).madds) for tau in taus]
+    targets = [share * table.madds[-1] for share in shares]
+    taus = price_list(net, table, batches, targets)
+    return [(p.tau, p.madds) for p in operating_points(net, table, batches, taus)]
 
 
 def calibrate_budget(
@@ -227,16 +241,20 @@ def calibrate_budget(
         raise UserError("give one of --target-madds, --target-ms and --target-saving, above 0")
     saved, net = open_network(ckpt, weights, device)
     net.check_gate()
-    table = collect(net, open_data(saved, data).calibration_loader())
-    costs: list[float] = list(table.madds)
-    target = target_madds if target_saving is None else costs[-1] / target_saving
+    source = open_data(saved, data)
+    table = collect(net, source.calibration_loader())
+    target = target_madds if target_saving is None else table.madds[-1] / target_saving
     if target_ms is not None:
         rows = profile_routes(net, batches=[batch])
-        costs, target = [row.ms[batch] for row in rows], target_ms
-    assert target is not None
-    tau = calibrate_tau(table.scores, table.madds, target, costs)
-    point = point_at(table, tau)
-    budgets = sorted({*net.budgets, *budget_table(table), (tau, point.madds)})
+        tau = tau_for_time(
+            net, table, source.calibration_loader, [r.ms[batch] for r in rows], target_ms
+        )
+    else:
+        assert target is not None
+        tau = tau_for_madds(net, table, source.calibration_loader, target)
+    (point,) = operating_points(net, table, source.calibration_loader, [tau])
+    found = budget_table(net, table, source.calibration_loader)
+    budgets = sorted({*net.budgets, *found, (tau, point.madds)})
     for copy in saved.nets.values():
         copy.budgets = budgets
     print(
@@ -252,6 +270,43 @@ def calibrate_budget(
         )
     )
     print(f"wrote {write(out or ckpt, saved)}")
+
+
+def tau_for_madds(
+    net: DynamicNet, table: RouteTable, batches: Callable[[], Iterable], target: float
+) -> float:
+    """The price at which an image costs `target` MAdds in the mean.
+
+    Raises:
+        UserError: the target is not feasible.
+    """
+    if net.num_gates == 1:
+        return calibrate_tau(table.scores, table.madds, target)
+    return tau_at(cost_curve(net, batches, table.madds), target)
+
+
+def tau_for_time(
+    net: DynamicNet,
+    table: RouteTable,
+    batches: Callable[[], Iterable],
+    ms: list[float],
+    target: float,
+) -> float:
+    """The price at which an image takes `target` milliseconds in the mean.
+
+    A mixed path of several gates counts as long as its MAdds suggest between two routes.
+
+    Raises:
+        UserError: the target is not feasible.
+    """
+    if net.num_gates == 1:
+        return calibrate_tau(table.scores, table.madds, target, ms)
+    if not min(ms) <= target <= max(ms):
+        raise UserError(
+            f"target {target:g} ms lies outside what the routes can do",
+            fix=f"choose a target from {min(ms):g} to {max(ms):g}",
+        )
+    return tau_for_madds(net, table, batches, float(np.interp(target, ms, table.madds)))
 
 
 def net_accelerator(net: DynamicNet) -> str:

@@ -34,16 +34,34 @@ class Batch(NamedTuple):
         label: classes, -1 where there are none.
         index: position in the split.
         hard: the generator's difficulty flag, None for photographs.
+        other: a second view of the same images, where two were asked for.
     """
 
     image: Float[Tensor, "batch colours height width"]
     label: Int[Tensor, " batch"]
     index: Int[Tensor, " batch"]  # pyright: ignore[reportIncompatibleMethodOverride]
     hard: Bool[Tensor, " batch"] | None = None
+    other: Float[Tensor, "batch colours height width"] | None = None
 
 
 def _to_batch(items: list[Any]) -> Batch:
-    return Batch(*default_collate([tuple(item) for item in items]))
+    image, *fields = default_collate([tuple(item) for item in items])
+    if isinstance(image, Tensor):
+        return Batch(image, *fields)
+    image, other = image
+    return Batch(image, *fields, other=other)
+
+
+class TwoViews:
+    """A transform applied twice, each time with its own randomness."""
+
+    def __init__(self, transform: Transform) -> None:
+        """Takes the transform of one view."""
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> tuple[Any, Any]:
+        """Two views of an image."""
+        return self.transform(image), self.transform(image)
 
 
 class Subset:
@@ -84,6 +102,7 @@ class ImageData(DataModule):
         image_size: int | None = None,
         channels: int | None = None,
         augment: str = "none",
+        views: Literal[1, 2] = 1,
         train_size: int = 8000,
         val_size: int = 2000,
         test_size: int = 4000,
@@ -108,6 +127,7 @@ class ImageData(DataModule):
             image_size: side in pixels; 32 for generated and CIFAR images, else 224.
             channels: 1 (grey) or 3; 1 for generated images, else 3.
             augment: of training images: "none", "light", "rand-m7" or "imagenet".
+            views: of every training image; multi-view consistency needs 2.
             train_size: generated training images.
             val_size: generated validation images.
             test_size: generated test images.
@@ -144,6 +164,10 @@ class ImageData(DataModule):
         self._check_sizes(train_size, val_size, test_size)
         self.mean, self.std = normalisation(self.channels)
         self.train_transform = train_transform(augment, self.image_size, self.mean, self.std)
+        if views == 2:
+            if augment == "none":
+                raise UserError("two views need an augmentation", fix="give --data.augment light")
+            self.train_transform = TwoViews(self.train_transform)
         crop = not small and self.image_size > 64
         self.eval_transform = eval_transform(self.image_size, self.mean, self.std, crop)
         self.class_names: tuple[str, ...] = ()

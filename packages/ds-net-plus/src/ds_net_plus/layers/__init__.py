@@ -10,11 +10,13 @@ from ds_net_plus.layers.slicing import (
     DSConv2d,
     DSDepthwiseConv2d,
     DSLinear,
+    NoClassifier,
     activate,
     apply_channel_mask,
     channel_mask,
     check_widths,
     init_official,
+    make_classifier,
 )
 from ds_net_plus.layers.transformer import DSBlock, TokenGate
 
@@ -31,6 +33,7 @@ __all__ = [
     "DSLayerNorm",
     "DSLinear",
     "MultiHeadGate",
+    "NoClassifier",
     "PatchEmbedding",
     "PlainGate",
     "SwitchableBN",
@@ -40,5 +43,6 @@ __all__ = [
     "channel_mask",
     "check_widths",
     "init_official",
+    "make_classifier",
     "make_divisible",
 ]

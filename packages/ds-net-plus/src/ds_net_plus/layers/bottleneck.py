@@ -6,7 +6,6 @@ from typing import cast
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ds_net_plus.layers.norm import DSGroupNorm, SwitchableBN
 from ds_net_plus.layers.slicing import ConvAct, DSConv2d, apply_channel_mask, channel_mask

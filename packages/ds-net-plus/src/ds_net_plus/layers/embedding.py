@@ -75,7 +75,7 @@ class PatchEmbedding(nn.Module):
     def _tokens(self, patches: Tensor, start: int, stop: int | None) -> Tensor:
         """Class token and patches with their positions."""
         positions = self._positions(patches.shape[1])[:, start:stop]
-        cls = (self.cls_token[start:stop] + positions[0]).expand(len(patches), 1, -1)
+        cls = (self.cls_token[start:stop] + positions[0]).expand(patches.shape[0], 1, -1)
         return torch.cat([cls, patches + positions[1:]], 1)
 
     def _positions(self, patches: int) -> Float[Tensor, "tokens features"]:

@@ -172,6 +172,31 @@ class DSLinear(nn.Linear):
         return slice_linear(self, in_, self.out_features, share_storage)
 
 
+class NoClassifier(nn.Module):
+    """Stands for the classifier of a network without classes: hands on the features.
+
+    Those of narrow routes are zero-padded, so that a batch of several routes has one width.
+    """
+
+    def __init__(self, features: int) -> None:
+        """`features` of the widest route."""
+        super().__init__()
+        self.features = features
+
+    def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch features"]:
+        """Zeros behind the features that there are."""
+        return F.pad(input, (0, self.features - input.shape[-1]))
+
+    def materialize(self, in_: int, share_storage: bool = False) -> "NoClassifier":
+        """The same for every width."""
+        return NoClassifier(self.features)
+
+
+def make_classifier(features: int, num_classes: int) -> DSLinear | NoClassifier:
+    """A linear layer from the features of the widest route; with 0 classes the features."""
+    return DSLinear(features, num_classes) if num_classes else NoClassifier(features)
+
+
 class ConvAct(nn.Module):
     """A convolution, its norm (a batch norm folded in), and the activation after it, in place."""
 
@@ -191,9 +216,9 @@ class ConvAct(nn.Module):
             fold_bn: whether to fold.
         """
         super().__init__()
-        fold = fold_bn and isinstance(norm, nn.BatchNorm2d)
-        self.conv = fuse_conv_bn_eval(conv.eval(), norm.eval()) if fold else conv
-        self.norm = None if fold else norm
+        self.conv, self.norm = conv, norm
+        if fold_bn and isinstance(norm, nn.BatchNorm2d):
+            self.conv, self.norm = fuse_conv_bn_eval(conv.eval(), norm.eval()), None
         self.act = act
 
     def forward(

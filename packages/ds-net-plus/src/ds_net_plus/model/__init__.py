@@ -1,5 +1,6 @@
 """The networks, and `create_model` to build one by name."""
 
+from ds_net_plus.model import timm_models as timm_models  # fills timm's registry
 from ds_net_plus.model.base import (
     LARGEST,
     DynamicNet,

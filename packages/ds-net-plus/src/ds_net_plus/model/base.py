@@ -1,5 +1,7 @@
 """What every dynamic network shares: routes, the gates' decisions and grouped execution."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ds_net_plus.model.ecosystem import HubFace, TimmFace
 from ds_net_plus.model.features import Features, Maps, feature_maps
 from ds_net_plus.model.grouping import Decide, Enter, Stage, choose_routes, run_grouped
 from tenfold.errors import UserError
@@ -52,7 +55,7 @@ class DynamicOutput(NamedTuple):
     madds: Int[Tensor, " batch"]
 
 
-class DynamicNet(nn.Module):
+class DynamicNet(TimmFace, HubFace):
     """A network with a fixed front and, behind one gate or several, nested routes.
 
     A route is an index k (the same at every gate), one index for each gate, or "largest". A family
@@ -115,6 +118,23 @@ class DynamicNet(nn.Module):
         """A slimming head: (batch, gate_outputs), output j standing for routing_space[j]."""
         raise NotImplementedError
 
+    def gate_sizes(self) -> list[int]:
+        """Length of what every gate reads; needed with several gates alone."""
+        raise NotImplementedError
+
+    def all_gate_logits(
+        self, gate_inputs: Float[Tensor, "batch all_hidden"]
+    ) -> Float[Tensor, "batch ... outputs"]:
+        """Logits of all gates, (batch, gates, outputs), or (batch, outputs) of a single one.
+
+        Args:
+            gate_inputs: what the gates read, side by side.
+        """
+        if self.num_gates == 1:
+            return self.gate_logits(gate_inputs)
+        parts = gate_inputs.split(self.gate_sizes(), 1)
+        return torch.stack([self.gate_logits(part, g) for g, part in enumerate(parts)], 1)
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters that Stage II trains; the weights of the output layers come last."""
         raise NotImplementedError
@@ -122,6 +142,10 @@ class DynamicNet(nn.Module):
     def gate_heads(self) -> list[nn.Parameter]:
         """The weight of the output layer of every gate."""
         return self.gate_parameters()[-1:]
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of two or more dimensions that are no weights."""
+        return set()
 
     def route_widths(self, route: RouteLike) -> tuple[int, ...]:
         """Active widths of the gated stages on one route."""
@@ -135,8 +159,8 @@ class DynamicNet(nn.Module):
         """Parameters that one route uses, the slimming head not counted."""
         raise NotImplementedError
 
-    def map_channels(self) -> dict[int, int]:
-        """Widths of the feature maps of mode "largest", by stride."""
+    def map_channels(self, route: RouteLike = LARGEST) -> dict[int, int]:
+        """Widths of a route's feature maps, by stride."""
         raise NotImplementedError
 
     def materialize_front(self, largest: bool = False, fold_bn: bool = True) -> nn.Module:
@@ -170,6 +194,11 @@ class DynamicNet(nn.Module):
         return Front(
             self.masked_rest(features, choice, space), features.new_empty(len(features), 0)
         )
+
+    @property
+    def maskable(self) -> bool:
+        """Whether `masked_stage` can run."""
+        return True
 
     def widen(self, features: Tensor, gate: int) -> Tensor:
         """Features in front of a gate, zero-padded to those of the widest route."""
@@ -229,9 +258,10 @@ class DynamicNet(nn.Module):
         """
         if route == LARGEST or (isinstance(route, int) and 0 <= route < self.num_routes):
             return route
-        listed = isinstance(route, tuple | list) and len(route) == self.num_gates
-        if listed and all(isinstance(k, int) and 0 <= k < self.num_routes for k in route):
-            return tuple(route) if self.num_gates > 1 else route[0]
+        if isinstance(route, tuple | list) and len(route) == self.num_gates:
+            path = tuple(route)
+            if all(isinstance(k, int) and 0 <= k < self.num_routes for k in path):
+                return path if self.num_gates > 1 else path[0]
         several = f", {self.num_gates} of them for the gates," if self.num_gates > 1 else ""
         raise UserError(
             f"route {route!r} does not exist",
@@ -328,6 +358,12 @@ class DynamicNet(nn.Module):
         """MAdds of every route of the routing space."""
         return [self._cost(route, size) for route in self.routing_space]
 
+    def path_madds(self, size: int | None = None) -> Int[Tensor, "..."]:
+        """MAdds of every path through the routing space, with one dimension for each gate."""
+        paths = itertools.product(self.routing_space, repeat=self.num_gates)
+        costs = [self._cost(path if self.num_gates > 1 else path[0], size) for path in paths]
+        return torch.tensor(costs).view((len(self.routing_space),) * self.num_gates)
+
     def _cost(self, route: RouteLike, size: int | None) -> int:
         key = (route, size or self.image_size)
         if key not in self._costs:
@@ -340,7 +376,7 @@ class DynamicNet(nn.Module):
         tau: float = 0.0,
         size: int | None = None,
         routes: Sequence[int] | None = None,
-    ) -> Tensor:
+    ) -> Int[Tensor, " batch"]:
         """Positions in the routing space that a gate chooses, on the host.
 
         The only transfer from device to host of a gate in dynamic inference. Every gate pays the
@@ -355,21 +391,22 @@ class DynamicNet(nn.Module):
         Raises:
             UserError: an image whose gate logits are not finite, named by its batch index.
         """
+        return check_choice(self.choose(gate_logits, tau, size, routes).cpu())
+
+    def choose(
+        self,
+        gate_logits: Float[Tensor, "batch outputs"],
+        tau: float = 0.0,
+        size: int | None = None,
+        routes: Sequence[int] | None = None,
+    ) -> Int[Tensor, " batch"]:
+        """`decide` before its transfer: on the device, -1 for logits that are not finite."""
         scores = self.scores(gate_logits)
         if routes is not None and tuple(routes) != self.routing_space:
-            allowed = torch.tensor([route in routes for route in self.routing_space])
-            scores = scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+            forbidden = [j for j, route in enumerate(self.routing_space) if route not in routes]
+            scores = scores.index_fill(1, torch.tensor(forbidden, device=scores.device), -math.inf)
         choice = choose_routes(scores, self.space_madds(size), tau)
-        finite = gate_logits.isfinite().all(1)
-        choice = torch.where(finite, choice, -1).cpu()
-        if bool((choice < 0).any()):
-            index = int((choice < 0).nonzero()[0])
-            raise UserError(
-                "the gate's logits are not finite",
-                where=f"image {index} of the batch",
-                fix="look for NaN or infinite values in that image",
-            )
-        return choice
+        return torch.where(gate_logits.isfinite().all(1), choice, -1)
 
     def scores(self, gate_logits: Tensor) -> Tensor:
         """What the decision compares: logits, or the value gate's probabilities."""
@@ -486,6 +523,22 @@ class DynamicNet(nn.Module):
         self.gate_score = state["gate_score"]
         self.gate_trained = state["gate_trained"]
         self.budgets = [(float(tau), float(cost)) for tau, cost in state["budgets"]]
+
+
+def check_choice(choice: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Returns positions on the host, if every image has one.
+
+    Raises:
+        UserError: -1 among them, which stands for gate logits that are not finite.
+    """
+    if bool((choice < 0).any()):
+        index = int((choice < 0).nonzero()[0])
+        raise UserError(
+            "the gate's logits are not finite",
+            where=f"image {index} of the batch",
+            fix="look for NaN or infinite values in that image",
+        )
+    return choice
 
 
 class PlainRoute(nn.Module):

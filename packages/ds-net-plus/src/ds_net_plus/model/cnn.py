@@ -12,12 +12,12 @@ from ds_net_plus.layers import (
     BN_EPS,
     ConvAct,
     DSConv2d,
-    DSLinear,
     SwitchableBN,
     apply_channel_mask,
     channel_mask,
     check_widths,
     init_official,
+    make_classifier,
 )
 from ds_net_plus.model.base import (
     LARGEST,
@@ -185,14 +185,14 @@ class DSConvNet(DynamicNet):
             )
             for s, (widths, depth) in enumerate(zip(self.stage_widths, depths, strict=True))
         )
-        self.classifier = DSLinear(self.stage_widths[-1][-1], num_classes)
+        self.classifier = make_classifier(self.stage_widths[-1][-1], num_classes)
         self.routing_space = default_space(self.num_routes, gate_outputs)
         init_official(self)
         nn.init.zeros_(self.gate.head.weight)
 
     def _blocks(self, route: RouteLike) -> list[tuple[ConvBlock, int]]:
         """(block, active width) of every gated convolution."""
-        index = -1 if route == LARGEST else int(route)
+        index = -1 if route == LARGEST else self.path(route)[0]
         return [
             (block, self.stage_widths[s][index])  # pyright: ignore[reportReturnType]
             for s, stage in enumerate(self.stages)
@@ -256,12 +256,12 @@ class DSConvNet(DynamicNet):
 
     def route_widths(self, route: RouteLike) -> tuple[int, ...]:
         """Widths of the gated stages."""
-        index = -1 if route == LARGEST else int(route)
+        index = -1 if route == LARGEST else self.path(route)[0]
         return tuple(widths[index] for widths in self.stage_widths)
 
-    def map_channels(self) -> dict[int, int]:
+    def map_channels(self, route: RouteLike = LARGEST) -> dict[int, int]:
         """Widths by stride: the front's, then those of the stages."""
-        widths = (self.stem[-1].conv.out_channels, *self.route_widths(LARGEST))  # pyright: ignore[reportAttributeAccessIssue]
+        widths = (self.stem[-1].conv.out_channels, *self.route_widths(route))  # pyright: ignore[reportAttributeAccessIssue]
         return {2 ** (s + 1): int(width) for s, width in enumerate(widths)}  # pyright: ignore[reportArgumentType]
 
     def madds(self, route: RouteLike, size: int | None = None) -> int:
@@ -304,8 +304,8 @@ class DSConvNet(DynamicNet):
         layers += [
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            self.classifier.materialize(channels, share_storage),
-        ]  # pyright: ignore[reportArgumentType]
+            self.classifier.materialize(channels, share_storage),  # pyright: ignore[reportArgumentType]
+        ]
         return nn.Sequential(*layers).eval()
 
 

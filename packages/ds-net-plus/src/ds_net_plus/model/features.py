@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Maps = dict[int, Tensor]
 """The last feature map of each stride, of a group of images."""
 
+TOKENS = 0
+"""Where a transformer adds all its tokens, normalised, to its maps: (batch, features, tokens)."""
+
 
 class Features(NamedTuple):
     """Feature maps of a batch, in its order.
@@ -44,6 +47,21 @@ def feature_maps(
         _padded(groups, level, len(x), width) for level, width in zip(levels, channels, strict=True)
     ]
     return Features(maps, routes.to(x.device), costs.to(x.device))
+
+
+def default_maps(net: "DynamicNet", x: Float[Tensor, "batch colours height width"]) -> Maps:
+    """All maps of the default route by stride, those of a static route in its own widths.
+
+    Where the gates choose, a map is zero beyond the width of an image's route.
+    """
+    if net.default_route is not None:
+        groups, _, _ = _static(net, x, net.default_route)
+        return groups[0][1]
+    groups, _, _ = _dynamic(net, x, 0.0)
+    channels = net.map_channels()
+    if any(TOKENS in maps for _, maps in groups):
+        channels |= {TOKENS: channels[max(channels)]}
+    return {level: _padded(groups, level, len(x), width) for level, width in channels.items()}
 
 
 _Groups = list[tuple[Tensor, Maps]]  # (images, their maps)

@@ -1,6 +1,7 @@
 """Which route an image takes, and running a batch in groups that share one."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -24,8 +25,14 @@ def choose_routes(
         madds: cost of the routes, ascending.
         tau: price of compute; 0 leaves the decision to the gate alone.
     """
-    price = torch.tensor([cost / madds[-1] for cost in madds], device=scores.device)
-    return (scores - tau * price.to(scores.dtype)).argmax(1)
+    return (scores - tau * _prices(tuple(madds), scores.device, scores.dtype)).argmax(1)
+
+
+@cache
+@torch.inference_mode(False)
+def _prices(madds: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Relative costs, kept on the device: no transfer for each batch."""
+    return torch.tensor([cost / madds[-1] for cost in madds]).to(device, dtype)
 
 
 def run_grouped(

@@ -17,6 +17,7 @@ from ds_net_plus.layers import (
     SwitchableBN,
     check_widths,
     init_official,
+    make_classifier,
 )
 from ds_net_plus.model.base import (
     LARGEST,
@@ -133,7 +134,7 @@ class DSMobileNet(DynamicNet):
                     ]
                 )
             )
-        self.classifier = DSLinear(self.stage_widths[-1][-1], num_classes)
+        self.classifier = make_classifier(self.stage_widths[-1][-1], num_classes)
         self.routing_space = default_space(self.num_routes, gate_outputs)
         self.reset_parameters()
 
@@ -143,9 +144,10 @@ class DSMobileNet(DynamicNet):
         for layer in self.modules():
             if isinstance(layer, MultiHeadGate):
                 layer.reset_attention()
-        bound = 1 / math.sqrt(self.num_classes)
-        nn.init.uniform_(self.classifier.weight, -bound, bound)
-        nn.init.zeros_(self.classifier.bias)
+        if isinstance(self.classifier, DSLinear):
+            bound = 1 / math.sqrt(self.num_classes)
+            nn.init.uniform_(self.classifier.weight, -bound, bound)
+            nn.init.zeros_(self.classifier.bias)
         nn.init.zeros_(self.gate_parameters()[-1])
 
     def _stage(self, s: int) -> list[DSDepthwiseSeparable]:
@@ -157,7 +159,7 @@ class DSMobileNet(DynamicNet):
         if route == LARGEST:
             return [widths[-1] for widths in lists]
         return [
-            widths[int(route)] if s > self.gate_stage else widths[0]
+            widths[self.path(route)[0]] if s > self.gate_stage else widths[0]
             for s, widths in enumerate(lists)
         ]
 
@@ -250,9 +252,9 @@ class DSMobileNet(DynamicNet):
         """Stride of a stage's output."""
         return self.stem_stride * math.prod(self.strides[: s + 1])
 
-    def map_channels(self) -> dict[int, int]:
+    def map_channels(self, route: RouteLike = LARGEST) -> dict[int, int]:
         """Widths by stride, of the last stage that has it."""
-        widths = self._widths(LARGEST)[1:]
+        widths = self._widths(route)[1:]
         return {self._stride(s): width for s, width in enumerate(widths)}
 
     def madds(self, route: RouteLike, size: int | None = None) -> int:

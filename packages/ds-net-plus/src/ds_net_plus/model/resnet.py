@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ds_net_plus.layers import (
     DSBottleneck,
     DSConv2d,
-    DSLinear,
     MultiHeadGate,
     check_widths,
     init_official,
+    make_classifier,
 )
 from ds_net_plus.layers.bottleneck import EXPANSION, make_norm, plain_layer
 from ds_net_plus.model.base import (
@@ -126,7 +126,7 @@ class DSResNet(DynamicNet):
             MultiHeadGate(self._gate_widths(g)[-1], gate_outputs, squeeze_ratio, attention)
             for g in range(gates)
         )
-        self.classifier = DSLinear(self._out_widths(len(depths) - 1)[-1], num_classes)
+        self.classifier = make_classifier(self._out_widths(len(depths) - 1)[-1], num_classes)
         self.routing_space = default_space(self.num_routes, gate_outputs)
         self.reset_parameters()
 
@@ -264,7 +264,7 @@ class DSResNet(DynamicNet):
         Raises:
             UserError: a gate in the block, whose input has two widths.
         """
-        if self.gate_position == "in_block":
+        if not self.maskable:
             raise UserError(
                 "the mask estimator needs gates in front of the stages",
                 fix="use the mixture estimator, or gate_position stage",
@@ -286,6 +286,11 @@ class DSResNet(DynamicNet):
             features, _ = self.masked_stage(features, number, gate, space)
         return features
 
+    @property
+    def maskable(self) -> bool:
+        """Not with a gate in the block."""
+        return self.gate_position == "stage"
+
     def widen(self, features: Tensor, gate: int) -> Tensor:
         """Zero channels up to the widest features in front of a gate."""
         if gate == self.num_gates:
@@ -306,6 +311,10 @@ class DSResNet(DynamicNet):
         """W3 h of one gate."""
         return self.gates[gate].logits(gate_input)  # pyright: ignore[reportCallIssue]
 
+    def gate_sizes(self) -> list[int]:
+        """Squeeze width of every gate."""
+        return [gate.conv_reduce.out_channels for gate in self.gates]  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """The slimming heads' weights."""
         return [p for gate in self.gates for p in gate.gate.parameters()]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
@@ -321,9 +330,14 @@ class DSResNet(DynamicNet):
             self._mid(s, k) for stages, k in zip(self.segments, path, strict=True) for s in stages
         )
 
-    def map_channels(self) -> dict[int, int]:
+    def map_channels(self, route: RouteLike = LARGEST) -> dict[int, int]:
         """Output widths of the stages by stride."""
-        return {self._stride(s): self._out_widths(s)[-1] for s in range(len(self.stages))}
+        path = zip(self.segments, self.path(route), strict=True)
+        index = {s: k for stages, k in path for s in stages}
+        return {
+            self._stride(s): EXPANSION * self._mid(s, index.get(s, 0))
+            for s in range(len(self.stages))
+        }
 
     def _walk(self, route: RouteLike) -> list[tuple[DSBottleneck, int, int, int]]:
         """(block, input width, width of its first two convolutions, middle width) of every block.

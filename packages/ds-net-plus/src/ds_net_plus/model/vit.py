@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ds_net_plus.layers import (
     DSBlock,
     DSLayerNorm,
-    DSLinear,
     PatchEmbedding,
     TokenGate,
     channel_mask,
+    make_classifier,
 )
 from ds_net_plus.model.base import (
     LARGEST,
@@ -27,6 +27,7 @@ from ds_net_plus.model.base import (
     half,
     plain_config,
 )
+from ds_net_plus.model.features import TOKENS
 from tenfold.errors import UserError
 
 
@@ -54,6 +55,8 @@ class DSViT(DynamicNet):
     a wider one appends the late embedding, the patch projection's further rows. So it is the
     narrower one plus a residual. Mode "largest" is the widest route.
     """
+
+    global_pool = "token"
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class DSViT(DynamicNet):
             DSBlock(most.features, most.heads, most.hidden, head_dim) for _ in range(most.blocks)
         )
         self.norm = DSLayerNorm(most.features)
-        self.classifier = DSLinear(most.features, num_classes)
+        self.classifier = make_classifier(most.features, num_classes)
         self.routing_space = default_space(self.num_routes, gate_outputs)
         self.reset_parameters()
 
@@ -147,7 +150,7 @@ class DSViT(DynamicNet):
 
     def block_widths(self, route: RouteLike) -> BlockWidths:
         """Active sizes behind the gate on one route."""
-        return self.widths[-1 if route == LARGEST else int(route)]  # pyright: ignore[reportArgumentType]
+        return self.widths[self.path(route)[0]]
 
     def front(
         self,
@@ -187,8 +190,8 @@ class DSViT(DynamicNet):
             keep = self._keep(x, j) if drop else None
             x = block(x, width.heads, width.hidden, keep)
         if maps is not None:
-            y = self.norm(x)[:, 1:].transpose(1, 2)
-            maps[self.patch_size] = y.unflatten(2, _grid(x))
+            y = self.norm(x).transpose(1, 2)
+            maps[TOKENS], maps[self.patch_size] = y, y[..., 1:].unflatten(2, _grid(x))
         return self.classifier(self.norm(x[:, 0]))
 
     def _keep(self, x: Tensor, j: int) -> Tensor:
@@ -212,7 +215,7 @@ class DSViT(DynamicNet):
         depth = channel_mask(gate, [w.blocks for w in widths])
         x = x * channels[:, None]
         for j, block in enumerate(self.blocks[: widths[-1].blocks]):
-            x = block.masked(x, channels, heads, hidden, depth[:, j])
+            x = block.masked(x, channels, heads, hidden, depth[:, j])  # pyright: ignore[reportCallIssue]
         return self.classifier(self.norm.masked(x[:, :1], channels[:, None])[:, 0])
 
     def gate_logits(
@@ -225,13 +228,17 @@ class DSViT(DynamicNet):
         """The slimming head's weights, that of the output layer last."""
         return list(self.gate.head.parameters())
 
+    def no_weight_decay(self) -> set[str]:
+        """The position table."""
+        return {"embedding.positions"}
+
     def route_widths(self, route: RouteLike) -> tuple[int, ...]:
         """(features, heads, hidden units, blocks) behind the gate."""
         return tuple(self.block_widths(route))
 
-    def map_channels(self) -> dict[int, int]:
+    def map_channels(self, route: RouteLike = LARGEST) -> dict[int, int]:
         """One map, of the patches."""
-        return {self.patch_size: self.widths[-1].features}
+        return {self.patch_size: self.block_widths(route).features}
 
     def madds(self, route: RouteLike, size: int | None = None) -> int:
         """Patch projection, both products of attention, all linear layers; gate not counted."""

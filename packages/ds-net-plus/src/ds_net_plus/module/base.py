@@ -1,7 +1,8 @@
 """What both training stages share: evaluation, prediction and checkpoint metadata."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ds_net_plus.losses import gumbel_noise
 from ds_net_plus.model import (
     DynamicNet,
     DynamicOutput,
+    RouteLike,
     check_finite,
     check_statistics,
     create_model,
@@ -46,7 +48,8 @@ class NetModule(LightningModule):
         Args:
             arch: a name of `create_model`.
             net: constructor arguments that differ from the named configuration.
-            route: what validate, test and predict run: "dynamic", "largest" or a route index.
+            route: what validate, test and predict run: "dynamic", "largest", a route index, or one
+                for each gate, such as 0,2,1,3.
             tau: price of compute in dynamic decisions.
             budget: target share of the widest route's MAdds instead of `tau`, looked up in the
                 table that `calibrate-budget` left in the checkpoint.
@@ -89,17 +92,18 @@ class NetModule(LightningModule):
             tau = self.tau if self.budget is None else tau_for_budget(net, self.budget)
             noise = None
             if self.eval_gumbel:
-                noise = gumbel_noise(x.new_empty(len(x), net.gate_outputs))
+                several = (net.num_gates,) if net.num_gates > 1 else ()
+                noise = gumbel_noise(x.new_empty(len(x), *several, net.gate_outputs))
             output: DynamicOutput = net(x, tau=tau, noise=noise)  # pyright: ignore[reportAssignmentType]
             check_finite(output.logits)
             return output
         logits = net(x, route=self.route)
         check_finite(logits)  # pyright: ignore[reportArgumentType]
-        routes = -1 if self.route == "largest" else int(self.route)
+        path = (-1,) * net.num_gates if self.route == "largest" else net.path(self.route)
         cost = net.madds(self.route, x.shape[-1])
         return DynamicOutput(
             logits,  # pyright: ignore[reportArgumentType]
-            torch.full((len(x), 1), routes, device=x.device),
+            torch.tensor([path], device=x.device).expand(len(x), -1),
             torch.full((len(x),), cost, device=x.device),
         )
 
@@ -145,7 +149,7 @@ class NetModule(LightningModule):
             "image": [str(files[n]) for n in index] if files else index,
             "label": label.tolist(),
             "score": score.tolist(),
-            "route": output.routes[:, 0].tolist(),
+            "route": [route_name(path) for path in output.routes.tolist()],
             "madds": output.madds.tolist(),
         }
         return [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
@@ -205,8 +209,13 @@ def check_numbers(arguments: Mapping[str, Any]) -> None:
             raise UserError(f"{name} must be {wanted}, got {arguments[name]}")
 
 
-def parse_route(net: DynamicNet, route: str | int) -> int | str | None:
-    """A command-line route: None for "dynamic", "largest", or an index.
+def route_name(path: Sequence[int]) -> int | str:
+    """A path as it is written in tables: the index of a single gate, else such as 0,2,1,3."""
+    return path[0] if len(path) == 1 else ",".join(map(str, path))
+
+
+def parse_route(net: DynamicNet, route: str | int) -> RouteLike | None:
+    """A command-line route: None for "dynamic", "largest", an index, or one for each gate (0,2,1).
 
     Raises:
         UserError: anything else.
@@ -215,4 +224,6 @@ def parse_route(net: DynamicNet, route: str | int) -> int | str | None:
         return None
     if isinstance(route, str) and route.lstrip("-").isdigit():
         route = int(route)
+    if isinstance(route, str) and re.fullmatch(r"\d+(,\d+)+", route):
+        return net.check_route(tuple(map(int, route.split(","))))
     return net.check_route(route)

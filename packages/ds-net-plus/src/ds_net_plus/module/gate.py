@@ -150,7 +150,7 @@ class GateModule(NetModule):
         output = self._objective(batch)
         for name, value in output.losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
-        chosen = output.gate_logits.detach().argmax(1).cpu()
+        chosen = output.gate_logits.detach().argmax(-1).flatten().cpu()
         self._counts += chosen.bincount(minlength=self.net.gate_outputs)
         return output.loss
 

@@ -5,15 +5,17 @@ import logging
 from contextlib import nullcontext
 from typing import Any
 
+import timm
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from timm.data.mixup import Mixup
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from ds_net_plus.checkpoint import load_net
 from ds_net_plus.data import Batch
-from ds_net_plus.model import DynamicNet
+from ds_net_plus.model import DynamicNet, RouteLike
 from ds_net_plus.module.base import NetModule, check_numbers
 from ds_net_plus.steps import (
     DISTILL_MODES,
@@ -43,6 +45,49 @@ def start_from(net: DynamicNet, path: str) -> None:
     net.load_state_dict({**state, **fresh} if keys.mismatched else state)
 
 
+def mixing(mixup: float, cutmix: float, classes: int) -> Mixup | None:
+    """Mixup and CutMix of timm, of a whole batch; None where both are off.
+
+    Raises:
+        UserError: a negative alpha.
+    """
+    if min(mixup, cutmix) < 0:
+        raise UserError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
+    if max(mixup, cutmix) == 0:
+        return None
+    return Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=classes)
+
+
+def external_teacher(name: str, net: DynamicNet) -> nn.Module:
+    """The classifier that timm:NAME or timm:NAME:FILE names, frozen.
+
+    Raises:
+        UserError: another form of name, a model that timm does not know or cannot fetch, or one of
+            another number of classes.
+    """
+    scheme, _, rest = name.partition(":")
+    model, _, file = rest.partition(":")
+    if scheme != "timm" or not model:
+        raise UserError(f"teacher {name!r} is none", fix="give timm:NAME or timm:NAME:FILE")
+    try:
+        teacher = timm.create_model(
+            model, pretrained=not file, checkpoint_path=file or None, in_chans=net.in_channels
+        )
+    except Exception as error:  # timm, the hub and the network raise many kinds
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the teacher cannot be made: {line}",
+            where=name,
+            fix="choose a model of timm.list_models(pretrained=True), or give a file of weights",
+        ) from error
+    if teacher.num_classes != net.num_classes:
+        raise UserError(
+            f"the teacher has {teacher.num_classes} classes, the network {net.num_classes}",
+            where=name,
+        )
+    return teacher.requires_grad_(False).eval()
+
+
 class SupernetModule(NetModule):
     """Stage I: sandwich rule with distillation, and the moving average that teaches."""
 
@@ -54,6 +99,11 @@ class SupernetModule(NetModule):
         ensemble: bool = False,
         random_routes: int = 2,
         smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mvco: str = "off",
+        teacher: str | None = None,
+        optimizer: str = "sgd",
         lr: float = 0.08,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
@@ -82,6 +132,13 @@ class SupernetModule(NetModule):
             ensemble: ensemble bootstrapping of the smallest route (IEB).
             random_routes: routes between smallest and largest in every step.
             smoothing: label smoothing.
+            mixup: alpha of mixup, 0 for none.
+            cutmix: alpha of CutMix, 0 for none; with both, one of them is drawn for each batch.
+            mvco: multi-view consistency: "cross" shows another view of the images to all modes but
+                the largest (needs --data.views 2), "off" shows all the same.
+            teacher: a trained classifier that teaches the largest mode in equal parts with the
+                labels: timm:NAME, or timm:NAME:FILE for weights on disk.
+            optimizer: "sgd" (Nesterov), or "adamw".
             lr: peak learning rate.
             momentum: of Nesterov SGD.
             weight_decay: on weights of two or more dimensions.
@@ -108,6 +165,8 @@ class SupernetModule(NetModule):
         self.save_hyperparameters()
         for name, value, allowed in (
             ("distill", distill, DISTILL_MODES),
+            ("mvco", mvco, ("off", "cross")),
+            ("optimizer", optimizer, ("sgd", "adamw")),
             ("schedule", schedule, ("epoch", "step")),
             ("weights", weights, ("ema", "student")),
         ):
@@ -115,6 +174,8 @@ class SupernetModule(NetModule):
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         check_numbers(self.hparams)
         self.automatic_optimization = False
+        self._mix = mixing(mixup, cutmix, self.net.num_classes)
+        self._external: list[nn.Module] = []  # in a list: no part of the checkpoint
         if init_from is not None:
             start_from(self.net, init_from)
         for parameter in self.net.gate_parameters():
@@ -143,15 +204,28 @@ class SupernetModule(NetModule):
         return self
 
     def configure_optimizers(self) -> Any:
-        """Nesterov SGD with a cosine schedule; no decay on biases and norms."""
-        h = self.hparams
-        trained = [p for p in self.net.parameters() if p.requires_grad]
+        """Nesterov SGD or AdamW with a cosine schedule; no decay on biases, norms and positions."""
+        h, spared = self.hparams, self.net.no_weight_decay()
+        trained = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+        decayed = [p for n, p in trained.items() if p.ndim > 1 and n not in spared]
+        others = [p for n, p in trained.items() if p.ndim <= 1 or n in spared]
         groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": h["weight_decay"]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": h["weight_decay"]},
+            {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = SGD(groups, h["lr"], h["momentum"], nesterov=h["momentum"] > 0)
+        optimizer = (
+            AdamW(groups, h["lr"])
+            if h["optimizer"] == "adamw"
+            else SGD(groups, h["lr"], h["momentum"], nesterov=h["momentum"] > 0)
+        )
         return [optimizer], [self.scheduler(optimizer)]
+
+    def on_fit_start(self) -> None:
+        """Fetches the external teacher, if there is one."""
+        if self.hparams["teacher"] is not None and not self._external:
+            self._external.append(external_teacher(self.hparams["teacher"], self.net))
+        for teacher in self._external:
+            teacher.to(self.device)
 
     def on_train_start(self) -> None:
         """Warns of a teacher that never leaves its initial weights."""
@@ -176,17 +250,21 @@ class SupernetModule(NetModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One sandwich step, the optimizer's step and the teacher's."""
         h, step = self.hparams, self.global_step
-        routes = sample_routes(step, self.net.num_routes, h["random_routes"], h["seed"])
+        gates = self.net.num_gates
+        routes = sample_routes(step, self.net.num_routes, h["random_routes"], h["seed"], gates)
         if h["check_ranks"]:
             self._check_ranks(routes)
         optimizer: Optimizer = self.optimizers()  # pyright: ignore[reportAssignmentType]
         optimizer.zero_grad()
+        image, label, other = self._views(batch)
         output = stage1_step(
             self.net,
             self.teacher,
-            batch.image,
-            batch.label,
+            image,
+            label,
             routes,
+            other_view=other,
+            external=self._external[0] if self._external else None,
             distill=h["distill"],
             ensemble=h["ensemble"],
             smoothing=h["smoothing"],
@@ -203,12 +281,28 @@ class SupernetModule(NetModule):
         self.log("loss", output.loss, prog_bar=True, logger=False)
         return output.loss
 
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images, labels and the other view, mixed with the same partners and shares."""
+        if self.hparams["mvco"] == "cross" and batch.other is None:
+            raise UserError(
+                "multi-view consistency needs two views of every image", fix="add --data.views 2"
+            )
+        other = batch.other if self.hparams["mvco"] == "cross" else None
+        if self._mix is None:
+            return batch.image, batch.label, other
+        if len(batch.image) % 2:
+            raise UserError("mixup and CutMix mix pairs", fix="choose an even --data.batch_size")
+        both = batch.image if other is None else torch.cat([batch.image, other], 1)
+        mixed, label = self._mix(both.clone(), batch.label)
+        image, *others = mixed.split(batch.image.shape[1], 1)
+        return image, label, others[0] if others else None
+
     def on_train_epoch_end(self) -> None:
         """The official schedule moves once an epoch."""
         if self.hparams["schedule"] == "epoch":
             self.lr_schedulers().step()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportCallIssue]
 
-    def _check_ranks(self, routes: tuple[int, ...]) -> None:
+    def _check_ranks(self, routes: tuple[RouteLike, ...]) -> None:
         mine = torch.tensor(routes, device=self.device)
         gathered = self.all_gather(mine)
         if not torch.equal(gathered, mine.expand_as(gathered)):  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]

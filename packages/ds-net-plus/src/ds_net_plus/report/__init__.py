@@ -4,6 +4,7 @@ Every picture is a plain function from an `evaluate.RouteTable`, `Point`s or row
 figure; `save_all` writes a set of them. `comparison_table` tells the same story to a console.
 """
 
+from ds_net_plus.report.boxes import detections
 from ds_net_plus.report.common import Latency, headline_point, route_colors, save_all
 from ds_net_plus.report.gallery import cheapest_against_widest, gallery
 from ds_net_plus.report.profile import speedup_bars, speedups
@@ -25,6 +26,7 @@ __all__ = [
     "class_routes",
     "comparison_rows",
     "comparison_table",
+    "detections",
     "gallery",
     "gate_confusion",
     "headline_point",

@@ -116,7 +116,7 @@ def convert_official(
     keys = compare_keys(state, net.state_dict())
     if not keys.fits:
         raise UserError(f"the checkpoint is no complete DS-MBNet: {keys.summary()}", where=where)
-    _check_finite(state, where)
+    check_finite_weights(state, where)
     net.load_state_dict(state)
     mark, reason = _gate_mark(raw, used, gate_trained)
     net.gate_trained = mark
@@ -199,7 +199,12 @@ def _misfit(state: Mapping[str, Tensor]) -> str:
         return compare_keys(state, create_model("ds_mbnet").state_dict()).summary()
 
 
-def _check_finite(state: Mapping[str, Tensor], where: str | None) -> None:
+def check_finite_weights(state: Mapping[str, Tensor], where: str | None) -> None:
+    """Makes sure that no tensor holds NaN or infinity.
+
+    Raises:
+        UserError: names the first that does.
+    """
     bad = [key for key, value in state.items() if not bool(value.isfinite().all())]
     if bad:
         raise UserError(f"{len(bad)} tensors are not finite, the first is {bad[0]}", where=where)
