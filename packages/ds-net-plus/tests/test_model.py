@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ds_net_plus.layers import PlainGate, TokenGate
 from ds_net_plus.model import (
     DSConvNet,
     DSMobileNet,
-    DSResNet,
     DSViT,
     check_statistics,
     choose_routes,
@@ -19,7 +19,6 @@ from ds_net_plus.model import (
     create_model,
     run_grouped,
 )
-from ds_net_plus.layers import PlainGate, TokenGate
 from tenfold.errors import UserError
 
 MBNET_MADDS = (

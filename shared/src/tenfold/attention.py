@@ -1,8 +1,8 @@
 """Multi-head self-attention whose heads and features can be sliced.
 
 Storage is head-major: the rows of the query-key-value projection are ordered
-[head][q, k, v][channel of the head]. The first h heads are then the first rows of one weight and one bias, which a matrix
-product reads in place, and fewer features are fewer columns.
+[head][q, k, v][channel of the head]. The first h heads are then the first rows of one weight and
+one bias, which a matrix product reads in place, and fewer features are fewer columns.
 
 Source: Attention is all you need (2017), section 3.2; the order of the rows is that of DS-Net++.
 """

@@ -1,8 +1,8 @@
 """CUDA graphs of a plain network, one for each size of batch that groups are rounded up to.
 
-A route's group has another size in every batch. Launching its many small kernels one by one leaves a
-GPU idle; a graph is launched at once, but has a fixed batch size. So groups are padded to the next
-of a few sizes, and every (route, size) is captured when it first occurs.
+A route's group has another size in every batch. Launching its many small kernels one by one leaves
+a GPU idle; a graph is launched at once, but has a fixed batch size. So groups are padded to the
+next of a few sizes, and every (route, size) is captured when it first occurs.
 """
 
 from collections.abc import Callable

@@ -148,15 +148,15 @@ def execution_rivals(
         net.decide(logits, size=size)  # the decision is part of the cost; the mix is prescribed
         return choice[part, gate]
 
-    def behind(features: Tensor, logits: Tensor, decide: Decide) -> object:
-        return runner.run(features, logits, decide, size)
+    def behind(front: tuple[Tensor, Tensor], chosen: Decide) -> object:
+        return runner.run(*front, chosen, size)
 
     def grouped(x: Tensor) -> object:
-        return behind(*runner.front(x), decide)
+        return behind(runner.front(x), decide)
 
     def one_by_one(x: Tensor) -> object:
         return [
-            behind(*runner.front(x[n : n + 1]), partial(decide, part=slice(n, n + 1)))
+            behind(runner.front(x[n : n + 1]), partial(decide, part=slice(n, n + 1)))
             for n in range(len(x))
         ]
 

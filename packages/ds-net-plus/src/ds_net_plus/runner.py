@@ -152,8 +152,10 @@ class DynamicRunner:
         return self._finish(self._launch(x))
 
     def map(self, batches: Iterable[Tensor]) -> Iterator[DynamicOutput]:
-        """Answers for each batch; on a GPU a batch's front is launched before the last one's gate
-        is read, so that the device does not wait for the host.
+        """Answers for each batch, in order.
+
+        A batch's front is launched before the last one's gate is read, so that a GPU does not wait
+        for the host.
 
         Args:
             batches: images on any device.

@@ -56,7 +56,7 @@ def convert_timm(
     if not deviation <= TOLERANCE:
         raise RuntimeError(f"{text}, more than {TOLERANCE:g}")
     print(f"parity: {text}")
-    for line in _normalised_otherwise(model, net):
+    for line in _normalised_otherwise(model, net) if pretrained or file else ():
         print(line)
     at = write(out or Path(f"{name}-converted.ckpt"), Saved({DATA: _imagenet(net)}, {STUDENT: net}))
     print(f"wrote {at}; next:")

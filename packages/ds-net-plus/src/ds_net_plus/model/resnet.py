@@ -447,7 +447,7 @@ class DSResNet(DynamicNet):
 
 
 def _slimmed(base: int, rhos: Sequence[float]) -> list[int]:
-    """rho * base to a multiple of 8, at least 8."""
+    """Middle widths, rho * base to a multiple of 8, at least 8."""
     return [max(8, round(rho * base / 8) * 8) for rho in rhos]
 
 
