@@ -25,7 +25,8 @@ def write_tables(results: Results) -> None:
         "wide": wide_table(_runs(results, "wide/")),
         "targets": target_table(results),
         "gates": gate_table(results),
-        "cifar": cifar_table(_runs(results, "cifar10/")),
+        "cifar": two_spaces_table(_runs(results, "cifar10/")),
+        "vit": two_spaces_table(_runs(results, "vit/")),
     }
     text = ""
     for name, block in blocks.items():
@@ -76,11 +77,17 @@ def wide_table(runs: list[dict[str, Any]]) -> str:
     return markdown(head, rows) + f"\n\n{seeds} Gains in points, with 95 % interval over seeds."
 
 
-def cifar_table(runs: list[dict[str, Any]]) -> str:
-    """The network on CIFAR-10, its gate among two routes and among all."""
-    among = {"two": "Among routes 0 and 3", "all": "Among all routes"}
+def two_spaces_table(runs: list[dict[str, Any]]) -> str:
+    """A network's gate among two routes and among all, in large batches and in small ones."""
+    if not runs:
+        return ""
+    among = {
+        "two, batch 256": "Among routes 0 and 3",
+        "all, batch 256": "Among all routes",
+        "two, batch 32": "Among routes 0 and 3, in small batches",
+    }
     blocks = [f"{text}:\n\n{wide_table([run[key] for run in runs])}" for key, text in among.items()]
-    return "\n\n".join(blocks) if runs else ""
+    return "\n\n".join(blocks)
 
 
 def target_table(results: Results) -> str:

@@ -1,5 +1,6 @@
 """demo: both stages on the embedded task, the comparison, the clock and the pictures."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -165,7 +166,9 @@ def evaluate_routes(
     return Trained(net, data, table, points, tuple(routes))
 
 
-def measure_latency(trained: Trained, batches: int = 8, repeats: int = 15) -> report.Latency:
+def measure_latency(
+    trained: Trained, batch: int = BATCH, batches: int = 8, repeats: int = 15
+) -> report.Latency:
     """Milliseconds per image of every static route and dynamic point on real test images.
 
     Static routes are timed in turn in one run; each dynamic point in turn with the widest route,
@@ -173,8 +176,10 @@ def measure_latency(trained: Trained, batches: int = 8, repeats: int = 15) -> re
     primitives than oneDNN keeps, and charge the dynamic points for making them anew.)
     """
     net = trained.net
-    images = next(iter(trained.data.test_loader())).image[: batches * BATCH]
-    groups = images.contiguous(memory_format=torch.channels_last).split(BATCH)
+    loader = (images.image for images in trained.data.test_loader())
+    images = torch.cat(list(itertools.islice(loader, max(1, batches * batch // 256))))
+    images = images[: batches * batch]
+    groups = images.contiguous(memory_format=torch.channels_last).split(batch)
     static = {k: fast_route(net, k) for k in net.routing_space}
     widest = net.routing_space[-1]
 
@@ -193,7 +198,7 @@ def measure_latency(trained: Trained, batches: int = 8, repeats: int = 15) -> re
             {widest: static[widest], "point": DynamicRunner(net, trained.routes, point.tau)}
         )
         points.append(ms[widest] * pair["point"] / pair[widest])
-    setting = f"batch {BATCH}, {torch.get_num_threads()} threads"
+    setting = f"batch {batch}, {torch.get_num_threads()} threads"
     return report.Latency([ms[k] for k in net.routing_space], points, setting)
 
 

@@ -103,6 +103,7 @@ class ImageData(DataModule):
         channels: int | None = None,
         augment: str = "none",
         views: Literal[1, 2] = 1,
+        crop_pct: float = 0.875,
         train_size: int = 8000,
         val_size: int = 2000,
         test_size: int = 4000,
@@ -126,8 +127,10 @@ class ImageData(DataModule):
             root: folder of a source on disk; predict alone needs none.
             image_size: side in pixels; 32 for generated and CIFAR images, else 224.
             channels: 1 (grey) or 3; 1 for generated images, else 3.
-            augment: of training images: "none", "light", "rand-m7" or "imagenet".
+            augment: of training images: "none", "light", "rand-m7", "imagenet" or "deit".
             views: of every training image; multi-view consistency needs 2.
+            crop_pct: share of the resized image's side that the centre crop of evaluation keeps (0.9
+                for DeiT weights); small images are not cropped.
             train_size: generated training images.
             val_size: generated validation images.
             test_size: generated test images.
@@ -168,7 +171,9 @@ class ImageData(DataModule):
             if augment == "none":
                 raise UserError("two views need an augmentation", fix="give --data.augment light")
             self.train_transform = TwoViews(self.train_transform)
-        crop = not small and self.image_size > 64
+        if not 0 < crop_pct <= 1:
+            raise UserError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
+        crop = crop_pct if not small and self.image_size > 64 else None
         self.eval_transform = eval_transform(self.image_size, self.mean, self.std, crop)
         self.class_names: tuple[str, ...] = ()
         self._glyphs: dict[str, TensorItems] = {}

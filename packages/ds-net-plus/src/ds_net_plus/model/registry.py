@@ -77,16 +77,18 @@ MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
             "routes": ((768, 4, 1, 10), (768, 6, 2, 10), (768, 9, 3, 10), (768, 12, 4, 10)),
         },
     ),
-    "ds_vit_cifar": (
+    "ds_vit_glyph": (
         DSViT,
         {
             "num_classes": 10,
-            "front": (128, 2, 2),
+            "front": (96, 3, 2),
             "front_blocks": 1,
-            "routes": ((128, 1, 1, 5), (128, 2, 2, 5), (128, 3, 3, 5), (128, 4, 4, 5)),
-            "head_dim": 32,
-            "patch_size": 4,
+            "routes": ((96, 1, 1, 4), (96, 2, 2, 4), (96, 4, 3, 4), (96, 6, 4, 4)),
+            "head_dim": 16,
+            "patch_size": 8,
+            "drop_path": 0.0,
             "gate_hidden": 64,
+            "in_channels": 1,
             "image_size": 32,
         },
     ),
