@@ -69,6 +69,9 @@ def build_tiny_vit(**overrides: object) -> DSViT:
 
 FAMILIES = {
     "mbnet": build_tiny_mbnet,
+    "mbnet-kernels": partial(
+        build_tiny_mbnet, kernel_size=5, route_kernels=(3,) * 4 + (5,) * 10, image_size=32
+    ),
     "cnn": DSConvNet,
     "resnet": build_tiny_resnet,
     "resnet-bn": partial(build_tiny_resnet, gates=1),

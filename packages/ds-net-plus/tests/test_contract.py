@@ -33,10 +33,36 @@ def cnn_parameters(
     return convs + gate + (stages[-1] + 1) * 10
 
 
+def resnet50_parameters(classes: int) -> int:
+    """ResNet-50's, and at every stage's input a gate of a quarter of its channels and 4 outputs."""
+    gates = sum(2 * c * (c // 4) + c // 4 + c + 4 * (c // 4) for c in (64, 256, 512, 1024))
+    return 25_557_032 + gates - (1000 - classes) * 2049
+
+
+def vit_parameters(
+    front: tuple[int, int, int], last: tuple[int, int, int], classes: int, pixels: int, tokens: int,
+    head_dim: int = 64, blocks: tuple[int, int] = (2, 10), hidden: int = 0,
+) -> int:  # fmt: skip
+    """DS-ViT by hand, from (features, heads, MLP units) of the front and behind the gate."""
+    total = max(front[0], last[0]) * (pixels + 1 + 1 + tokens)
+    for (d, heads, m), count in ((front, blocks[0]), (last, blocks[1])):
+        inner = heads * head_dim
+        total += count * (4 * d + (d + 1) * 3 * inner + (inner + 1) * d + (d + 1) * m + (m + 1) * d)
+    r = front[0] // 4
+    gate = 2 * front[0] * r + r + front[0] + (4 * r if not hidden else (r + 1 + 4) * hidden)
+    return total + gate + 2 * last[0] + (last[0] + 1) * classes
+
+
+def vit_small_parameters(classes: int, front: tuple[int, int, int] = (384, 3, 768)) -> int:
+    """DS-ViT-S at 224 pixels."""
+    return vit_parameters(front, (384, 6, 1536), classes, 768, 197)
+
+
 def ready(net: DynamicNet) -> None:
     """Measured statistics and a gate that uses several routes: what dynamic inference needs."""
     recalibrate(net, [torch.randn(16, net.in_channels, net.image_size, net.image_size)])
-    nn.init.normal_(net.gate_parameters()[-1])
+    for head in net.gate_heads():
+        nn.init.normal_(head)
     net.gate_trained = True
 
 
@@ -50,6 +76,18 @@ class TestContract(PackageContract):
         "cifar10-transfer": MBNET - 990 * CLASS,
         "cifar100": MBNET - 900 * CLASS,
         "cifar100-transfer": MBNET - 900 * CLASS,
+        "imagenet-resnet50": resnet50_parameters(1000),
+        "imagenet-resnet50-gate": resnet50_parameters(1000),
+        "cifar10-resnet50-transfer": resnet50_parameters(10),
+        "cifar100-resnet50-transfer": resnet50_parameters(100),
+        "imagenet-vit-small": vit_small_parameters(1000),
+        "imagenet-vit-small-gate": vit_small_parameters(1000),
+        "imagenet-vit-finetune": vit_small_parameters(1000, front=(384, 6, 1536)),
+        "cifar10-vit-small-transfer": vit_small_parameters(10),
+        "cifar100-vit-small-transfer": vit_small_parameters(100),
+        "glyph-mix-vit": vit_parameters(
+            (96, 3, 192), (96, 6, 384), 10, 64, 17, head_dim=16, blocks=(1, 4), hidden=64
+        ),
         "demo": cnn_parameters(1, [8, 8], [128, 256], 128),
         "glyph-mix": cnn_parameters(1, [8, 8], [24, 48], 32),
         "glyph-mix-48": cnn_parameters(1, [8, 8], [128, 256], 128),

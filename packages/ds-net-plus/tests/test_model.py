@@ -137,6 +137,26 @@ def test_the_widest_depth_route_is_deit_small():
     assert net.active_params(3) == sum(p.numel() for p in plain.parameters())
 
 
+def test_sliced_kernels_are_the_centres_of_larger_ones(tiny_mbnet, randomize):
+    """A network of 3x3 kernels, cut out of the sliced one's weights by hand."""
+    sliced = randomize(tiny_mbnet(kernel_size=5, route_kernels=(3,) * 14))
+    small = tiny_mbnet().eval()
+    state = {
+        k: v[:, :, 1:-1, 1:-1] if "conv_dw" in k or k == "conv_stem.weight" else v
+        for k, v in sliced.state_dict().items()
+    }
+    small.load_state_dict(state)
+    x = torch.randn(3, 3, 64, 64)
+    for route in (0, 7, 13):
+        close(sliced(x, route=route), small(x, route=route))
+        assert sliced.madds(route) == small.madds(route)
+        assert sliced.active_params(route) == small.active_params(route)
+    assert sliced.madds("largest") > small.madds("largest")
+    for kernels in ((3,) * 13, (5, *(3,) * 13), (2,) * 14, (7,) * 14):
+        with pytest.raises(UserError, match="14 ascending kernels in the centre of 5 x 5"):
+            tiny_mbnet(kernel_size=5, route_kernels=kernels)
+
+
 @pytest.mark.parametrize("family", ["resnet", "resnet-bn", "resnet-in-block", "vit", "vit-depth"])
 def test_params_of_a_route_are_those_of_its_unfolded_plain_network(families, family):
     net = families[family]().eval()

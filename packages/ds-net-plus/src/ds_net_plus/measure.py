@@ -53,6 +53,7 @@ def profile_routes(
     image_size: int | None = None,
     batches: Sequence[int] = (),
     repeats: int = 30,
+    warmup: int = 10,
 ) -> list[RouteProfile]:
     """Costs of `routes`; times only for the given batch sizes, all in one interleaved run each.
 
@@ -62,6 +63,7 @@ def profile_routes(
         image_size: side in pixels, the network's own where None.
         batches: batch sizes to time.
         repeats: timed rounds.
+        warmup: rounds before them.
     """
     routes = list(net.routing_space if routes is None else map(net.check_route, routes))
     size = image_size or net.image_size
@@ -72,7 +74,7 @@ def profile_routes(
     for batch in batches:
         x = example_images(net, batch, size)
         plain = {route: fast_route(net, route) for route in routes}
-        timings = time_networks({str(r): plain[r] for r in routes}, x, repeats)
+        timings = time_networks({str(r): plain[r] for r in routes}, x, repeats, warmup)
         for route in routes:
             timing = timings[str(route)].per_item(batch)
             ms[route][batch], p90[route][batch] = timing.median_ms, timing.p90_ms
@@ -92,22 +94,21 @@ def profile_routes(
 
 
 def example_images(net: DynamicNet, batch: int, size: int) -> Tensor:
-    """Standard normal images on the network's device, always the same."""
+    """Standard normal images in the network's precision and place, always the same."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((batch, net.in_channels, size, size), generator=generator)
-    device = next(net.parameters()).device
-    return x.to(device).contiguous(memory_format=torch.channels_last)
+    return x.to(next(net.parameters())).contiguous(memory_format=torch.channels_last)
 
 
 def time_networks(
-    networks: dict[str, Callable[[Tensor], object]], x: Tensor, repeats: int = 30
+    networks: dict[str, Callable[[Tensor], object]], x: Tensor, repeats: int = 30, warmup: int = 10
 ) -> dict[str, Timing]:
     """Interleaved timings of several functions of the same images, without gradients."""
     with torch.inference_mode():
         return time_interleaved(
             {name: (lambda run=run: run(x)) for name, run in networks.items()},
             device=x.device,
-            warmup=10,
+            warmup=warmup,
             repeats=repeats,
         )
 
@@ -181,7 +182,7 @@ def execution_rivals(
 def ordinary_activations(net: DynamicNet, seed: int = 0) -> DynamicNet:
     """Gives an untrained network statistics measured on noise, and a gate that is not zero.
 
-    Without this, activations of a deep random network shrink to denormal numbers, on which every
+    To be called on a CPU. Without this, activations of a deep random network shrink to denormal numbers, on which every
     arithmetic unit is slow: timings would compare the wrong thing.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -198,7 +199,8 @@ def ordinary_activations(net: DynamicNet, seed: int = 0) -> DynamicNet:
     with torch.no_grad():
         for route in ("largest", *range(net.num_routes)):
             net.eval()(x, route=route)
-        net.gate_parameters()[-1].normal_(generator=generator)
+        for head in net.gate_heads():
+            head.normal_(generator=generator)
     for hook in hooks:
         hook.remove()
     return net

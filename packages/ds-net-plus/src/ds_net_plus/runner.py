@@ -46,12 +46,13 @@ class ChunkedFront(nn.Module):
         return torch.cat(features), torch.cat(logits)
 
 
-def fast_route(net: DynamicNet, route: RouteLike) -> nn.Module:
+def fast_route(net: DynamicNet, route: RouteLike) -> Any:
     """A static route prepared as `DynamicRunner` prepares its parts, to compare with it fairly."""
     plain = PlainRoute(
         ChunkedFront(net.materialize_front(largest=route == LARGEST)), net.materialize_rest(route)
     )
-    return prepare(plain)
+    ready = prepare(plain)
+    return GraphedNetwork(ready) if next(net.parameters()).device.type == "cuda" else ready
 
 
 def prepare(module: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> Any:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,30 +239,45 @@ def observed_choice(
 
 
 def compare_execution(
-    net: DynamicNet, choice: torch.Tensor, size: int, repeats: int
+    net: DynamicNet,
+    choice: torch.Tensor,
+    size: int,
+    repeats: int,
+    warmup: int = 10,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Times of all rivals, their ratios to the widest route, and the MAdds ratio.
+
+    Args:
+        net: on the device to measure.
+        choice: positions in the routing space, (batch,), or (batch, gates).
+        size: image side.
+        repeats: timed rounds.
+        warmup: rounds before them.
+        only: names of `execution_rivals` besides the widest route; all where None.
 
     The masked rivals take turns with the widest route in a round of their own: their activations
     are so large that whatever ran after them would pay for fresh pages.
     """
     x = example_images(net, len(choice), size)
-    rivals = execution_rivals(net, choice, size)
+    every = execution_rivals(net, choice, size)
+    rivals = {n: run for n, run in every.items() if only is None or n in ("widest", *only)}
     large = {name: run for name, run in rivals.items() if name.startswith("masked")}
     lean = {name: run for name, run in rivals.items() if name not in large}
     timings, ratios = {}, {}
-    for group in (large | {"widest": rivals["widest"]}, lean):
-        round_ = time_networks(group, x, repeats)
+    for group in [lean, large | {"widest": rivals["widest"]}][: 1 + bool(large)]:
+        round_ = time_networks(group, x, repeats, warmup)
         ratios |= {n: t.median_ms / round_["widest"].median_ms for n, t in round_.items()}
         timings |= round_
-    costs = np.array(net.space_madds(size))
+    costs = net.path_madds(size)
+    paths = choice.view(len(choice), -1).expand(-1, net.num_gates)
     return {
         "routing_space": list(net.routing_space),
-        "counts": choice.bincount(minlength=len(costs)).tolist(),
+        "counts": choice.flatten().bincount(minlength=len(costs)).tolist(),
         "image_size": size,
         "ms": {name: timings[name].as_dict() for name in rivals},
         "time_ratio": {name: ratios[name] for name in rivals},
-        "madds_ratio": float(costs[choice.numpy()].mean() / costs[-1]),
+        "madds_ratio": float(costs[paths.unbind(1)].double().mean() / costs.max()),
         "busy": any(timing.busy for timing in timings.values()),
     }
 

@@ -129,8 +129,8 @@ class ImageData(DataModule):
             channels: 1 (grey) or 3; 1 for generated images, else 3.
             augment: of training images: "none", "light", "rand-m7", "imagenet" or "deit".
             views: of every training image; multi-view consistency needs 2.
-            crop_pct: share of the resized image's side that the centre crop of evaluation keeps (0.9
-                for DeiT weights); small images are not cropped.
+            crop_pct: share of the resized image's side that evaluation's centre crop keeps (0.9 for
+                DeiT weights); small images are not cropped.
             train_size: generated training images.
             val_size: generated validation images.
             test_size: generated test images.

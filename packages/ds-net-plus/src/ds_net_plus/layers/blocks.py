@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -43,10 +44,10 @@ class DSDepthwiseSeparable(nn.Module):
         self.bn2 = SwitchableBN(self.out_widths)
 
     def depthwise(
-        self, x: Float[Tensor, "batch in_ height width"]
+        self, x: Float[Tensor, "batch in_ height width"], kernel: int | None = None
     ) -> Float[Tensor, "batch in_ height2 width2"]:
-        """The part before the gate."""
-        return F.silu(self.bn1(self.conv_dw(x)))
+        """The part before the gate, with the inner `kernel` taps (None: all)."""
+        return F.silu(self.bn1(self.conv_dw(x, kernel)))
 
     def pointwise(
         self, x: Float[Tensor, "batch in_ height width"], out: int
@@ -55,10 +56,10 @@ class DSDepthwiseSeparable(nn.Module):
         return F.silu(self.bn2(self.conv_pw(x, out)))
 
     def forward(
-        self, x: Float[Tensor, "batch in_ height width"], out: int
+        self, x: Float[Tensor, "batch in_ height width"], out: int, kernel: int | None = None
     ) -> Float[Tensor, "batch out_ height2 width2"]:
         """The block at input width x.shape[1] and output width `out`."""
-        return self.pointwise(self.gate(self.depthwise(x)), out)
+        return self.pointwise(self.gate(self.depthwise(x, kernel)), out)
 
     def masked_pointwise(
         self,
@@ -76,24 +77,42 @@ class DSDepthwiseSeparable(nn.Module):
         gate: Float[Tensor, "batch routes"],
         in_widths: Sequence[int],
         out_widths: Sequence[int],
+        kernels: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch out height2 width2"]:
-        """The block computed at its widest and masked, differentiable in the gate."""
+        """The block computed at its widest and masked, differentiable in the gate.
+
+        Where routes have different `kernels`, each is run on all images and weighted by the gate.
+        """
         mask = channel_mask(gate, in_widths)
-        y = apply_channel_mask(self.conv_dw(x), mask)
+        if kernels is None or len(set(kernels)) == 1:
+            y = self.conv_dw(x, None if kernels is None else kernels[0])
+        else:
+            weights = {
+                k: gate[:, [j for j, kernel in enumerate(kernels) if kernel == k]].sum(1)
+                for k in kernels
+            }
+            y = torch.stack(
+                [w[:, None, None, None] * self.conv_dw(x, k) for k, w in weights.items()]
+            ).sum(0)
+        y = apply_channel_mask(y, mask)
         y = self.gate.masked(F.silu(self.bn1.masked(y, gate, in_widths)), mask)
         return self.masked_pointwise(y, gate, out_widths)
 
-    def materialize(self, in_: int, out: int, fold_bn: bool = True) -> nn.Sequential:
+    def materialize(
+        self, in_: int, out: int, fold_bn: bool = True, kernel: int | None = None
+    ) -> nn.Sequential:
         """The plain block of one pair of widths."""
         return nn.Sequential(
-            self.materialize_depthwise(in_, fold_bn),
+            self.materialize_depthwise(in_, fold_bn, kernel),
             self.gate.materialize(in_),
             self.materialize_pointwise(in_, out, fold_bn),
         )
 
-    def materialize_depthwise(self, in_: int, fold_bn: bool = True) -> ConvAct:
+    def materialize_depthwise(
+        self, in_: int, fold_bn: bool = True, kernel: int | None = None
+    ) -> ConvAct:
         """`depthwise` at one width."""
-        conv, bn = self.conv_dw.materialize(in_), self.bn1.materialize(in_)
+        conv, bn = self.conv_dw.materialize(in_, kernel), self.bn1.materialize(in_)
         return ConvAct(conv, bn, fold_bn=fold_bn)
 
     def materialize_pointwise(self, in_: int, out: int, fold_bn: bool = True) -> ConvAct:

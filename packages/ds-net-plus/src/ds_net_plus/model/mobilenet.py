@@ -69,6 +69,7 @@ class DSMobileNet(DynamicNet):
         strides: Sequence[int] = (1, 2, 2, 2, 2),
         stem_stride: int = 2,
         kernel_size: int = 3,
+        route_kernels: Sequence[int] | None = None,
         gate_stage: int = 3,
         gate_outputs: int = 4,
         squeeze_ratio: float = 0.25,
@@ -87,6 +88,8 @@ class DSMobileNet(DynamicNet):
             strides: stride of the first block of every stage.
             stem_stride: stride of the stem.
             kernel_size: of the stem and of the depthwise convolutions.
+            route_kernels: kernel slicing (DS-Net++): the inner taps that depthwise convolutions use
+                on each route, ascending; stem and front use the first. All taps where None.
             gate_stage: stage whose first block holds the gate; it and all later ones are gated.
             gate_outputs: routes among which the gate chooses.
             squeeze_ratio: squeeze width of the gates over their channels.
@@ -111,6 +114,7 @@ class DSMobileNet(DynamicNet):
         self.kernel_size, self.stem_stride, self.strides = kernel_size, stem_stride, tuple(strides)
         self.gate_stage, self.gate_outputs = gate_stage, gate_outputs
         self.num_routes = len(self.stage_widths[gate_stage])
+        self.route_kernels = _check_kernels(route_kernels, self.num_routes, kernel_size)
         self.dropout = dropout
 
         self.conv_stem = DSConv2d(in_channels, self.stem_widths[-1], kernel_size, stem_stride)
@@ -163,6 +167,12 @@ class DSMobileNet(DynamicNet):
             for s, widths in enumerate(lists)
         ]
 
+    def _kernels(self, route: RouteLike) -> tuple[int, int]:
+        """Active kernel of the front and of what follows it."""
+        if route == LARGEST:
+            return self.kernel_size, self.kernel_size
+        return self.route_kernels[0], self.route_kernels[self.path(route)[0]]
+
     @property
     def _gate_block(self) -> DSDepthwiseSeparable:
         return self._stage(self.gate_stage)[0]
@@ -186,13 +196,13 @@ class DSMobileNet(DynamicNet):
         maps: Maps | None = None,
     ) -> Front:
         """Stem, stages before the gate, and the gate block up to its attention."""
-        widths = self._widths(LARGEST if largest else 0)
-        x = F.silu(self.bn1(self.conv_stem(x, widths[0])))
+        widths, (kernel, _) = self._widths(route := LARGEST if largest else 0), self._kernels(route)
+        x = F.silu(self.bn1(self.conv_stem(x, widths[0], kernel)))
         for s, block in self._front_blocks():
-            x = block(x, widths[s + 1])
+            x = block(x, widths[s + 1], kernel)
             if maps is not None:
                 maps[self._stride(s)] = x
-        x = self._gate_block.depthwise(x)
+        x = self._gate_block.depthwise(x, kernel)
         gate = self._gate_block.gate
         hidden = gate.squeeze(x)
         return Front(gate.rescale(x, gate.excite(hidden, x.shape[1])), hidden)
@@ -204,12 +214,12 @@ class DSMobileNet(DynamicNet):
         maps: Maps | None = None,
     ) -> Float[Tensor, "batch classes"]:
         """The gate block's pointwise half, the later blocks and the classifier."""
-        widths = self._widths(route)
+        widths, (_, kernel) = self._widths(route), self._kernels(route)
         x = self._gate_block.pointwise(features, widths[self.gate_stage + 1])
         if maps is not None:
             maps[self._stride(self.gate_stage)] = x
         for s, block in self._gated_blocks():
-            x = block(x, widths[s + 1])
+            x = block(x, widths[s + 1], kernel)
             if maps is not None:
                 maps[self._stride(s)] = x
         x = x.mean((2, 3))
@@ -226,9 +236,9 @@ class DSMobileNet(DynamicNet):
         """Dense run at the widest route of `space`, masked after every routed layer."""
         lists = [[self._widths(k)[s + 1] for k in space] for s in range(len(self.stage_widths))]
         x = self._gate_block.masked_pointwise(features, gate, lists[self.gate_stage])
-        current = lists[self.gate_stage]
+        current, kernels = lists[self.gate_stage], [self._kernels(k)[1] for k in space]
         for s, block in self._gated_blocks():
-            x = block.masked(x, gate, current, lists[s])
+            x = block.masked(x, gate, current, lists[s], kernels)
             current = lists[s]
         return self.classifier(x.mean((2, 3)))
 
@@ -257,49 +267,52 @@ class DSMobileNet(DynamicNet):
         widths = self._widths(route)[1:]
         return {self._stride(s): width for s, width in enumerate(widths)}
 
-    def madds(self, route: RouteLike, size: int | None = None) -> int:
-        """Closed form: stem, and for each block dw, SE pool, SE, pw; head pool and classifier."""
-        widths, kernel = self._widths(route), self.kernel_size**2
-        side = half(size or self.image_size, self.stem_stride)
-        total = kernel * self.in_channels * widths[0] * side**2
-        channels = widths[0]
+    def _walk(self, route: RouteLike) -> list[tuple[DSDepthwiseSeparable, int, int, int]]:
+        """(block, its stride, output width, active taps of its depthwise convolution)."""
+        widths, (first, second), walk = self._widths(route), self._kernels(route), []
         for s in range(len(self.stage_widths)):
             for j, block in enumerate(self._stage(s)):
-                side = half(side, self.strides[s] if j == 0 else 1)
-                hidden = block.gate.conv_reduce.out_channels
-                total += (kernel + 1) * channels * side**2 + 2 * channels * hidden
-                total += channels * widths[s + 1] * side**2
-                channels = widths[s + 1]
+                in_front = s < self.gate_stage or (s, j) == (self.gate_stage, 0)
+                taps = (first if in_front else second) ** 2
+                walk.append((block, self.strides[s] if j == 0 else 1, widths[s + 1], taps))
+        return walk
+
+    def madds(self, route: RouteLike, size: int | None = None) -> int:
+        """Closed form: stem, and for each block dw, SE pool, SE, pw; head pool and classifier."""
+        channels, side = self._widths(route)[0], half(size or self.image_size, self.stem_stride)
+        total = self._kernels(route)[0] ** 2 * self.in_channels * channels * side**2
+        for block, stride, out, taps in self._walk(route):
+            side, hidden = half(side, stride), block.gate.conv_reduce.out_channels
+            total += (taps + 1) * channels * side**2 + 2 * channels * hidden
+            total += channels * out * side**2
+            channels = out
         return total + channels * side**2 + channels * self.num_classes
 
     def active_params(self, route: RouteLike) -> int:
         """Weights, biases and affine pairs inside the route's prefixes."""
-        widths, kernel = self._widths(route), self.kernel_size**2
-        channels = widths[0]
-        total = kernel * self.in_channels * channels + 2 * channels
-        for s in range(len(self.stage_widths)):
-            for block in self._stage(s):
-                hidden = block.gate.conv_reduce.out_channels
-                out = widths[s + 1]
-                total += kernel * channels + 2 * channels + channels * out + 2 * out
-                total += 2 * channels * hidden + hidden + channels
-                channels = out
+        channels = self._widths(route)[0]
+        total = self._kernels(route)[0] ** 2 * self.in_channels * channels + 2 * channels
+        for block, _, out, taps in self._walk(route):
+            hidden = block.gate.conv_reduce.out_channels
+            total += taps * channels + 2 * channels + channels * out + 2 * out
+            total += 2 * channels * hidden + hidden + channels
+            channels = out
         return total + (channels + 1) * self.num_classes
 
     def materialize_front(self, largest: bool = False, fold_bn: bool = True) -> nn.Module:
         """Plain stem, blocks and gate: image -> (features, gate logits)."""
-        widths = self._widths(LARGEST if largest else 0)
+        widths, (kernel, _) = self._widths(route := LARGEST if largest else 0), self._kernels(route)
         stem = ConvAct(
-            self.conv_stem.materialize(self.in_channels, widths[0]),
+            self.conv_stem.materialize(self.in_channels, widths[0], kernel),
             self.bn1.materialize(widths[0]),
             fold_bn=fold_bn,
         )
         layers: list[nn.Module] = [stem]
         channels = widths[0]
         for s, block in self._front_blocks():
-            layers.append(block.materialize(channels, widths[s + 1], fold_bn))
+            layers.append(block.materialize(channels, widths[s + 1], fold_bn, kernel))
             channels = widths[s + 1]
-        layers.append(self._gate_block.materialize_depthwise(channels, fold_bn))
+        layers.append(self._gate_block.materialize_depthwise(channels, fold_bn, kernel))
         layers.append(self._gate_block.gate.materialize(channels, slimming=True))
         return nn.Sequential(*layers).eval()
 
@@ -307,13 +320,14 @@ class DSMobileNet(DynamicNet):
         self, route: RouteLike, fold_bn: bool = True, share_storage: bool = False
     ) -> nn.Module:
         """Plain blocks after the gate, pool and classifier: features -> class logits."""
-        widths = self._widths(self.check_route(route))
+        route = self.check_route(route)
+        widths, (_, kernel) = self._widths(route), self._kernels(route)
         channels = widths[self.gate_stage + 1]
         layers: list[nn.Module] = [
             self._gate_block.materialize_pointwise(widths[self.gate_stage], channels, fold_bn)
         ]
         for s, block in self._gated_blocks():
-            layers.append(block.materialize(channels, widths[s + 1], fold_bn))
+            layers.append(block.materialize(channels, widths[s + 1], fold_bn, kernel))
             channels = widths[s + 1]
         layers += [
             nn.AdaptiveAvgPool2d(1),
@@ -321,6 +335,19 @@ class DSMobileNet(DynamicNet):
             self.classifier.materialize(channels, share_storage),
         ]
         return nn.Sequential(*layers).eval()
+
+
+def _check_kernels(kernels: Sequence[int] | None, num_routes: int, largest: int) -> tuple[int, ...]:
+    """Kernel of every route, each the centre of the next one's and of the largest."""
+    kernels = (largest,) * num_routes if kernels is None else tuple(kernels)
+    ascending = all(low <= high for low, high in pairwise(kernels))
+    centred = all(0 < kernel <= largest and (largest - kernel) % 2 == 0 for kernel in kernels)
+    if len(kernels) != num_routes or not ascending or not centred:
+        raise UserError(
+            f"route_kernels {list(kernels)} must be {num_routes} ascending kernels in the centre "
+            f"of {largest} x {largest}"
+        )
+    return kernels
 
 
 def _check_layout(

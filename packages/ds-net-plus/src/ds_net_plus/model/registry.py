@@ -77,6 +77,19 @@ MODELS: dict[str, tuple[Callable[..., DynamicNet], dict[str, object]]] = {
             "routes": ((768, 4, 1, 10), (768, 6, 2, 10), (768, 9, 3, 10), (768, 12, 4, 10)),
         },
     ),
+    "ds_vit_cifar": (
+        DSViT,
+        {
+            "num_classes": 10,
+            "front": (128, 2, 2),
+            "front_blocks": 1,
+            "routes": ((128, 1, 1, 5), (128, 2, 2, 5), (128, 3, 3, 5), (128, 4, 4, 5)),
+            "head_dim": 32,
+            "patch_size": 4,
+            "gate_hidden": 64,
+            "image_size": 32,
+        },
+    ),
     "ds_vit_glyph": (
         DSViT,
         {
