@@ -182,8 +182,8 @@ def execution_rivals(
 def ordinary_activations(net: DynamicNet, seed: int = 0) -> DynamicNet:
     """Gives an untrained network statistics measured on noise, and a gate that is not zero.
 
-    To be called on a CPU. Without this, activations of a deep random network shrink to denormal numbers, on which every
-    arithmetic unit is slow: timings would compare the wrong thing.
+    To be called on a CPU. Without this, activations of a deep random network shrink to denormal
+    numbers, on which every arithmetic unit is slow: timings would compare the wrong thing.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((8, net.in_channels, net.image_size, net.image_size), generator=generator)

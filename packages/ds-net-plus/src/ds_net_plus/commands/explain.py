@@ -11,10 +11,13 @@ from torch import Tensor
 from ds_net_plus.commands.common import at_least, open_data, open_network
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import DynamicNet, check_finite, check_statistics, tau_for_budget
+from ds_net_plus.module.base import route_name
 from ds_net_plus.report import gallery
 from tenfold.errors import UserError
 from tenfold.plotting import save
 from tenfold.progress import track
+
+MOST_PATHS = 8  # rows of the gallery, with several gates
 
 
 def explain(
@@ -30,6 +33,8 @@ def explain(
     device: str = "auto",
 ) -> None:
     """Show the route, the gate's probabilities and the cost of every image in a folder.
+
+    With several gates the route is one index for each, and the probabilities are the first one's.
 
     Args:
         ckpt: a checkpoint with a trained gate.
@@ -64,22 +69,38 @@ def explain(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    space = net.routing_space
-    position = {route: j for j, route in enumerate(space)}
-    counts = Counter(row["route"] for row in rows)
+    size = next(iter(shown.values())).shape[-1]
+    counts, costs = shown_paths(net, rows, size)
+    position = {path: j for j, path in enumerate(counts)}
+    mine = [n for n in shown if rows[n]["route"] in position]
     figure = gallery(
-        torch.stack(list(shown.values())),
-        [position[rows[n]["route"]] for n in shown],
-        net.space_madds(next(iter(shown.values())).shape[-1]),
-        routes=space,
-        counts=[counts[route] for route in space],
+        torch.stack([shown[n] for n in mine]),
+        [position[rows[n]["route"]] for n in mine],
+        costs,
+        routes=list(counts),
+        counts=list(counts.values()),
         mean=source.mean,
         std=source.std,
         columns=per_route,
     )
     print(f"wrote {out / 'routes.csv'} and {save(figure, out / 'gallery.png')}")
-    for route in space:
-        print(f"route {route}: {counts[route]} of {len(rows)} images")
+    for path, count in counts.items():
+        print(f"route {path}: {count} of {len(rows)} images")
+
+
+def shown_paths(
+    net: DynamicNet, rows: list[dict[str, Any]], size: int
+) -> tuple[dict[int | str, int], list[int]]:
+    """How many images took each route, and its cost, cheapest first.
+
+    All routes of a single gate; of several gates the paths that most images took.
+    """
+    counts = Counter(row["route"] for row in rows)
+    if net.num_gates == 1:
+        return {route: counts[route] for route in net.routing_space}, net.space_madds(size)
+    costs = {row["route"]: row["madds"] for row in rows}
+    often = sorted((path for path, _ in counts.most_common(MOST_PATHS)), key=costs.__getitem__)
+    return {path: counts[path] for path in often}, [costs[path] for path in often]
 
 
 @torch.no_grad()
@@ -96,9 +117,10 @@ def explain_images(
         output = net.dispatch(front.features, logits, net.decider(batch.image, tau), size=size)
         check_finite(output.logits, first=len(rows))
         probability = scores if net.gate_score == "probability" else logits.softmax(1)
+        names = [route_name(path) for path in output.routes.tolist()]
         score, label = output.logits.softmax(1).max(1)
         for n, index in enumerate(batch.index.tolist()):
-            route = int(output.routes[n, 0])
+            route = names[n]
             if seen[route] < per_route:
                 shown[len(rows)] = batch.image[n]
             seen[route] += 1

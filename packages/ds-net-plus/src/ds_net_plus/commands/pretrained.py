@@ -13,7 +13,7 @@ from ds_net_plus.commands.common import open_data
 from ds_net_plus.commands.stages import write
 from ds_net_plus.convert import from_timm, load_timm, timm_deviation
 from ds_net_plus.data import normalisation
-from ds_net_plus.model import DSResNet, DynamicNet, create_model
+from ds_net_plus.model import DSResNet, DSViT, DynamicNet, create_model
 
 PREFIX = "timm:"
 TOLERANCE = 1e-4
@@ -56,16 +56,23 @@ def convert_timm(
     if not deviation <= TOLERANCE:
         raise RuntimeError(f"{text}, more than {TOLERANCE:g}")
     print(f"parity: {text}")
-    for line in _normalised_otherwise(model, net) if pretrained or file else ():
-        print(line)
-    at = write(out or Path(f"{name}-converted.ckpt"), Saved({DATA: _imagenet(net)}, {STUDENT: net}))
+    arguments = _imagenet(net, model)
+    at = write(out or Path(f"{name}-converted.ckpt"), Saved({DATA: arguments}, {STUDENT: net}))
     print(f"wrote {at}; next:")
-    for line in _next_steps(net, at):
+    for line in _next_steps(net, at, arguments):
         print(f"  {line}")
 
 
-def _imagenet(net: DynamicNet) -> dict[str, Any]:
-    return {"source": "imagenet", "image_size": net.image_size}
+def _imagenet(net: DynamicNet, model: nn.Module) -> dict[str, Any]:
+    """Arguments of the data that the original was trained on."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    theirs = tuple(tuple(config.get(key, ())) for key in ("mean", "std"))
+    arguments: dict[str, Any] = {"source": "imagenet", "image_size": net.image_size}
+    if all(theirs) and theirs != normalisation(net.in_channels):
+        arguments |= {"mean": list(theirs[0]), "std": list(theirs[1])}
+    if 0 < config.get("crop_pct", 0) <= 1:
+        arguments["crop_pct"] = config["crop_pct"]
+    return arguments
 
 
 def _images(
@@ -73,21 +80,11 @@ def _images(
 ) -> Iterable[Any]:
     """Training images that fit the network, in small batches since gradients need memory."""
     net = from_timm(model, **{**options, "importance": "none"})
-    saved = Saved({DATA: {**_imagenet(net), "batch_size": 16}}, {STUDENT: net})
+    saved = Saved({DATA: {**_imagenet(net, model), "batch_size": 16}}, {STUDENT: net})
     return open_data(saved, data, "fit").train_dataloader()
 
 
-def _normalised_otherwise(model: nn.Module, net: DynamicNet) -> list[str]:
-    """A warning where the original was trained on images of another mean and deviation."""
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    theirs = tuple(tuple(config.get(key, ())) for key in ("mean", "std"))
-    if not all(theirs) or theirs == normalisation(net.in_channels):
-        return []
-    mean, std = theirs
-    return [f"note: it was trained on images of mean {mean} and deviation {std}, ours have others"]
-
-
-def _next_steps(net: DynamicNet, ckpt: Path) -> list[str]:
+def _next_steps(net: DynamicNet, ckpt: Path, images: dict[str, Any]) -> list[str]:
     """The command lines that make the narrow routes good."""
     with torch.device("meta"):
         named = create_model(net.name).config
@@ -97,9 +94,12 @@ def _next_steps(net: DynamicNet, ckpt: Path) -> list[str]:
         start = ckpt.with_name(f"{ckpt.stem}-recalibrated.ckpt")
         narrow = ",".join(map(str, range(net.num_routes - 1)))
         lines.append(f"ds-net-plus recalibrate --ckpt {ckpt} --routes {narrow} --data.root DIR")
+    recipe = "imagenet-vit-finetune" if isinstance(net, DSViT) else "imagenet-resnet50"
+    look = "".join(f" --data.{key} {images[key]}" for key in ("crop_pct",) if key in images)
+    look += "".join(f" --data.{key} '{images[key]}'" for key in ("mean", "std") if key in images)
     own = f" --model.net '{json.dumps(arguments)}'" if arguments else ""
     lines.append(
-        f"ds-net-plus fit --config imagenet --data.root DIR --model.arch {net.name}{own} "
-        f"--model.init_from {start}"
+        f"ds-net-plus fit --config {recipe} --data.root DIR --model.arch {net.name}{own} "
+        f"--model.init_from {start}{look}"
     )
     return lines

@@ -103,6 +103,8 @@ class ImageData(DataModule):
         channels: int | None = None,
         augment: str = "none",
         views: Literal[1, 2] = 1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         crop_pct: float = 0.875,
         train_size: int = 8000,
         val_size: int = 2000,
@@ -129,6 +131,8 @@ class ImageData(DataModule):
             channels: 1 (grey) or 3; 1 for generated images, else 3.
             augment: of training images: "none", "light", "rand-m7", "imagenet" or "deit".
             views: of every training image; multi-view consistency needs 2.
+            mean: of each colour of pixels in 0..1, for the normalisation; ImageNet's if left out.
+            std: of each colour, likewise.
             crop_pct: share of the resized image's side that evaluation's centre crop keeps (0.9 for
                 DeiT weights); small images are not cropped.
             train_size: generated training images.
@@ -165,7 +169,14 @@ class ImageData(DataModule):
         self.image_size = (32 if small else 224) if image_size is None else image_size
         self.channels = (1 if source == GENERATED else 3) if channels is None else channels
         self._check_sizes(train_size, val_size, test_size)
-        self.mean, self.std = normalisation(self.channels)
+        usual_mean, usual_std = normalisation(self.channels)
+        self.mean = usual_mean if mean is None else tuple(mean)
+        self.std = usual_std if std is None else tuple(std)
+        if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0:
+            raise UserError(
+                f"mean {list(self.mean)} and std {list(self.std)} must have a number for each of "
+                f"{self.channels} colours, std above 0"
+            )
         self.train_transform = train_transform(augment, self.image_size, self.mean, self.std)
         if views == 2:
             if augment == "none":

@@ -38,7 +38,7 @@ def route_colors(count: int) -> list[str]:
     return [to_hex(_ROUTES(k / (count - 1))) for k in range(count)]
 
 
-def route_names(count: int, routes: Sequence[int] | None = None) -> list[str]:
+def route_names(count: int, routes: Sequence[int | str] | None = None) -> list[str]:
     """Names of the routes of a routing space.
 
     Args:
