@@ -68,7 +68,7 @@ def ready(net: DynamicNet) -> None:
 
 class TestContract(PackageContract):
     cli = "ds_net_plus.cli:app"
-    modules = ("supernet", "gate")
+    modules = ("supernet", "gate", "vit", "resnet", "resnet_gates")
     parameter_counts = {  # noqa: RUF012
         "imagenet": MBNET,
         "imagenet-gate": MBNET,
@@ -148,6 +148,46 @@ class TestContract(PackageContract):
 
     def gate(self) -> GateModule:
         module = GateModule()
+        ready(module.net)
+        return module
+
+    def vit(self) -> SupernetModule:
+        """A transformer with another optimizer."""
+        sizes = {"front": (24, 1, 2), "routes": ((16, 1, 1, 1), (24, 2, 2, 2), (32, 2, 2, 2))}
+        module = SupernetModule(
+            arch="ds_vit_glyph",
+            net={**sizes, "gate_outputs": 3},
+            optimizer="adamw",
+            lr=5e-3,
+            warmup=0,
+            cooldown=0,
+            ema=0.9,
+        )
+        for net in (module.net, module.teacher):
+            ready(net)
+        return module
+
+    def _resnet(self) -> dict:
+        return {"in_channels": 1, "depths": (1, 1), "base_widths": (32, 32), "gates": 2}
+
+    def resnet(self) -> SupernetModule:
+        """Paths of two gates in Stage I."""
+        module = SupernetModule(
+            arch="ds_resnet_cifar",
+            net=self._resnet(),
+            optimizer="adamw",
+            lr=0.01,
+            warmup=0,
+            cooldown=0,
+            ema=0.9,
+        )
+        for net in (module.net, module.teacher):
+            ready(net)
+        return module
+
+    def resnet_gates(self) -> GateModule:
+        """Two gates, with a path upstream that is drawn for every step."""
+        module = GateModule(arch="ds_resnet_cifar", net=self._resnet(), lr=0.1)
         ready(module.net)
         return module
 

@@ -674,7 +674,9 @@ def test_the_command_and_the_steps_that_it_suggests(tmp_path, monkeypatch, capsy
     low, high = fixed.stages[2][0].bn1.aux_bn
     assert not torch.equal(low.running_mean, net.stages[2][0].bn1.aux_bn[0].running_mean)
     assert torch.equal(high.running_mean, net.stages[2][0].bn1.aux_bn[1].running_mean)
-    small = [word.replace("DIR", "cifar").replace("imagenet", "cifar10-cpu") for word in fit]
+    small = [
+        word.replace("DIR", "cifar").replace("imagenet-resnet50", "cifar10-cpu") for word in fit
+    ]
     options = [
         *data[:2], "--data.batch_size", "32", "--data.workers", "0", "--data.train_size", "64",
         "--model.warmup", "0", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",

@@ -3,17 +3,20 @@
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import timm
 import torch
 
-from ds_net_plus.data import ImageData
+from ds_net_plus.data import Batch, ImageData
 from ds_net_plus.evaluate import collect
 from ds_net_plus.model import DSConvNet, with_space
 from ds_net_plus.module import GateModule, SupernetModule
 from ds_net_plus.module.base import parse_route
 from ds_net_plus.module.schedule import learning_rate_factor
-from ds_net_plus.module.supernet import start_from
+from ds_net_plus.module.supernet import external_teacher, start_from
 from ds_net_plus.train import (
     CachedRoutes,
     make_trainer,
@@ -248,3 +251,74 @@ def test_options_that_do_not_exist_are_named():
             SupernetModule(**options)
     with pytest.raises(UserError, match="optimizer"):
         GateModule(optimizer="lion")
+
+
+def two_view_batch(count: int = 8) -> Batch:
+    torch.manual_seed(0)
+    image = torch.randn(count, 1, 32, 32)
+    label, index = torch.arange(count) % 10, torch.arange(count)
+    return Batch(image, label, index, None, image + 100)
+
+
+def test_both_views_are_mixed_with_the_same_partners_and_shares():
+    module = SupernetModule(mvco="cross", mixup=0.8, cutmix=1.0)
+    for seed in range(6):  # mixup in some, CutMix in others
+        np.random.seed(seed)  # noqa: NPY002 (timm draws from it)
+        image, label, other = module._views(two_view_batch())
+        torch.testing.assert_close(other - image, torch.full_like(image, 100.0), atol=1e-4, rtol=0)
+        assert label.shape == (8, 10)
+        torch.testing.assert_close(label.sum(1), torch.ones(8))
+        np.random.seed(seed)  # noqa: NPY002
+        again = module._views(two_view_batch())
+        assert all(torch.equal(a, b) for a, b in zip(again, (image, label, other), strict=True))
+    batch = two_view_batch()
+    module._views(batch)
+    assert torch.equal(batch.image, two_view_batch().image)  # mixed in a copy
+
+
+def test_what_mixing_and_views_need():
+    with pytest.raises(UserError, match=r"--data\.views 2"):
+        SupernetModule(mvco="cross")._views(two_view_batch()._replace(other=None))
+    with pytest.raises(UserError, match=r"even --data\.batch_size"):
+        SupernetModule(mixup=0.2)._views(two_view_batch(7))
+    with pytest.raises(UserError, match="0 or more"):
+        SupernetModule(mixup=-1.0)
+    with pytest.raises(UserError, match="mvco must be one of off, cross"):
+        SupernetModule(mvco="on")
+    plain = SupernetModule()._views(two_view_batch())
+    assert plain[2] is None  # a second view that nobody asked for
+
+
+def test_the_external_teacher_is_frozen_and_no_part_of_the_checkpoint(tmp_path):
+    file = tmp_path / "weights.pth"
+    theirs = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    torch.save(theirs.state_dict(), file)
+    module = SupernetModule(net={"num_classes": 10})
+    teacher = external_teacher(f"timm:resnet10t:{file}", module.net)
+    x = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(teacher(x), theirs.eval()(x))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    module._external.append(teacher)
+    assert not any("external" in key for key in module.state_dict())
+    for name, match in (
+        ("resnet50", "timm:NAME"),
+        ("timm:", "timm:NAME"),
+        ("timm:no", "cannot be"),
+    ):
+        with pytest.raises(UserError, match=match):
+            external_teacher(name, module.net)
+
+
+def test_adamw_spares_norms_biases_and_positions():
+    module = SupernetModule(
+        arch="ds_vit_glyph", optimizer="adamw", weight_decay=0.05, warmup=0, cooldown=0
+    )
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10, max_epochs=1)
+    (optimizer,), _ = SupernetModule.configure_optimizers(module)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {n for n, p in module.net.named_parameters() if id(p) in decayed}
+    assert "embedding.proj.weight" in names
+    assert "embedding.positions" not in names
+    assert all(p.ndim > 1 for n, p in module.net.named_parameters() if n in names)
+    assert optimizer.param_groups[1]["weight_decay"] == 0

@@ -263,6 +263,8 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
         values = parser.parse_args(underscored(argv))
     except argparse.ArgumentError as error:
         raise parse_error(error, prog) from error
+    except UnicodeDecodeError as error:  # of a --config that is a picture, say
+        raise UserError(f"--config: not a text file, {error}") from error
     values = parser.instantiate(values)
     values.pop("config", None)
     status = function(**values)

@@ -147,7 +147,8 @@ def _folder_and_checkpoint(
     """Where a run writes, and the checkpoint that it starts from."""
     model = typed.model or app.model or ""
     label = recipes[-1].stem if recipes else re.split("[.:]", model)[-1]
-    chosen = typed.folder or _folder_in(recipes)
+    named = _folder_in(recipes)  # looked up in any case: it also finds what is no YAML
+    chosen = typed.folder or named
     base = Path(chosen or f"runs/{app.name}/{label}")
     if typed.checkpoint not in (None, "auto"):
         path = Path(typed.checkpoint)

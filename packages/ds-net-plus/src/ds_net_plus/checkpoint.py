@@ -18,6 +18,7 @@ from ds_net_plus.model import DynamicNet, create_model
 from ds_net_plus.model.hub import build_net, net_metadata
 from ds_net_plus.model.hub import save_net as save_net  # beside `load_net`
 from tenfold.checkpoint import (
+    CONFIG_FILE,
     atomic_file,
     compare_keys,
     load_model_files,
@@ -25,8 +26,10 @@ from tenfold.checkpoint import (
     strip_prefix,
 )
 from tenfold.errors import UserError
+from tenfold.training import resume_path
 
 META = "ds_net_plus"
+DETECTOR = "ds_net_plus_detector"  # of a detector's checkpoint, in its place
 DATA = "datamodule_hyper_parameters"  # where Lightning keeps the data module's arguments
 STUDENT, TEACHER = "net", "teacher"
 _LIGHTNING = "pytorch-lightning_version"
@@ -36,7 +39,7 @@ _GATE_MODULE = {
     "_instantiator": "lightning.pytorch.cli.instantiate_module",
 }
 # arguments that two networks with the same weights may differ in
-_FREE = {"dropout", "image_size"}
+_FREE = {"dropout", "drop_path", "image_size", "strict"}
 
 
 @dataclass
@@ -66,12 +69,20 @@ def read_checkpoint(path: str | Path) -> Saved:
         UserError: no such file, damaged, of another program, or weights that do not fit.
     """
     path = Path(path)
+    if path.is_dir() and not (path / CONFIG_FILE).exists():
+        path = resume_path(path) or path  # the folder of a run
     if path.is_dir():
         state, config = load_model_files(path)
         return Saved({}, {STUDENT: build_net(config, state, str(path))})
     raw = load_state(path)
     if META in raw:
         return Saved(raw, _lightning_nets(raw, path))
+    if DETECTOR in raw:
+        raise UserError(
+            "the checkpoint is of a detector, not of a classifier",
+            where=str(path),
+            fix="use detect, test or predict on it",
+        )
     if _LIGHTNING in raw:
         raise UserError("a Lightning checkpoint of another program", where=str(path))
     return _read_official(raw, path)
@@ -160,7 +171,9 @@ def check_same_network(
             the fields that differ and counts the keys.
     """
     here, there = dict(net.config), dict(metadata["config"])
-    if type(create_model(metadata["arch"])) is not type(net):
+    with torch.device("meta"):
+        other = create_model(metadata["arch"])
+    if type(other) is not type(net):
         here, there = {"arch": net.name}, {"arch": metadata["arch"]}
     fields = [
         f"{key} {there.get(key)} instead of {here.get(key)}"

@@ -15,6 +15,7 @@ from ds_net_plus.model import (
     check_finite,
     check_statistics,
     choose_routes,
+    naming_images,
 )
 from ds_net_plus.steps import upstream_inputs
 from tenfold.errors import UserError
@@ -102,7 +103,8 @@ def collect(
         size = size or image.shape[-1]
         front = net.front(image)
         logits = torch.stack([net.rest(front.features, k) for k in net.routing_space], 1)
-        check_finite(logits, first=seen)
+        with naming_images(range(seen, seen + len(image))):
+            check_finite(logits)
         for path in paths:
             columns["input"].append(upstream_inputs(net, *front, path).cpu())
             columns["logits"].append(logits.cpu())
@@ -166,6 +168,9 @@ def sweep(net: DynamicNet, batches: Iterable, taus: Sequence[float]) -> list[Poi
 
     Returns:
         A point for each; its shares are those of the routes over all gates.
+
+    Raises:
+        UserError: no images, or gate or class logits that are not finite (names the image).
     """
     net.eval()
     device = next(net.parameters()).device
@@ -175,8 +180,9 @@ def sweep(net: DynamicNet, batches: Iterable, taus: Sequence[float]) -> list[Poi
     for batch in batches:
         image, label = batch.image.to(device), batch.label.to(device)
         for t, tau in enumerate(taus):
-            output: DynamicOutput = net(image, tau=tau)  # pyright: ignore[reportAssignmentType]
-            check_finite(output.logits, first=int(seen[t]))
+            with naming_images(range(int(seen[t]), int(seen[t]) + len(image))):
+                output: DynamicOutput = net(image, tau=tau)  # pyright: ignore[reportAssignmentType]
+                check_finite(output.logits)
             correct[t] += float((output.logits.argmax(1) == label).sum())
             cost[t] += float(output.madds.double().sum())
             counts[t] += (output.routes.cpu()[..., None] == routes).double().sum((0, 1))

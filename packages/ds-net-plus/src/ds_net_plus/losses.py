@@ -100,7 +100,9 @@ class GateLoss:
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        """Rejects an unknown `sgs_on`."""
+        """Rejects an unknown `sgs_on` and a scale that is not positive."""
+        if self.scale is not None and not self.scale > 0:
+            raise UserError(f"scale must be above 0 MAdds, got {self.scale:g}")
         if self.sgs_on not in ("logits", "probs"):
             raise UserError(f"sgs_on must be 'logits' or 'probs', got {self.sgs_on!r}")
 

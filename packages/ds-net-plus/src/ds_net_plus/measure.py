@@ -121,7 +121,7 @@ def mix_to_choice(mix: Sequence[float], batch: int) -> Tensor:
     Raises:
         UserError: shares that are negative or do not sum to 1.
     """
-    if min(mix) < 0 or abs(sum(mix) - 1) > 1e-3:
+    if not (min(mix) >= 0 and abs(sum(mix) - 1) <= 1e-3):
         raise UserError(f"a mix of routes needs shares that sum to 1, got {list(mix)}")
     bounds = (torch.tensor(mix, dtype=torch.float64).cumsum(0) * batch).round().long()
     counts = bounds.diff(prepend=torch.zeros(1, dtype=torch.int64))

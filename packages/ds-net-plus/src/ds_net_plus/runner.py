@@ -183,7 +183,7 @@ class DynamicRunner:
         features, gate_logits = self.front(x)
         choice = self.model.choose(gate_logits.float(), self.tau, x.shape[-1], self.routes)
         # a fused ReLU turns NaN into 0, so the logits alone do not tell
-        choice = torch.where(x.flatten(1).sum(1).isfinite(), choice, -1)
+        choice = torch.where(x.flatten(1).sum(1, dtype=torch.float32).isfinite(), choice, -1)
         if choice.device.type != "cuda":
             return _Launched(features, gate_logits, choice, None, x.shape[-1])
         host = torch.empty(choice.shape, dtype=choice.dtype, pin_memory=True)

@@ -123,6 +123,9 @@ def train_both(
         **model: changes to the recipe's model arguments.
     """
     parts = recipe_parts(recipe)
+    stage1 = f"{SupernetModule.__module__.rpartition('.')[0]}.{SupernetModule.__name__}"
+    if parts["model"].get("class_path", stage1) != stage1:
+        raise UserError(f"recipe {recipe!r} is not of Stage I", fix="choose another, see recipes")
     arguments = parts["model"]["init_args"] | model | {"seed": seed}
     data = ImageData(**parts["data"]["init_args"] | {"seed": seed})
     data.setup()

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ds_net_plus.checkpoint import DATA
-from ds_net_plus.commands.common import at_least
+from ds_net_plus.commands.common import at_least, told_to_skip
 from ds_net_plus.data import DetectionBatch, VOCData
 from ds_net_plus.metrics import Truth
-from ds_net_plus.model import Detections
+from ds_net_plus.model import Detections, naming_images
 from ds_net_plus.module import DetectionModule
 from ds_net_plus.module.base import parse_route
 from ds_net_plus.module.detection import detection_rows, in_original_pixels, load_detector
@@ -83,7 +83,8 @@ def detect(
     module.on_test_start()
     bad = {"fail": "raise", "skip": "skip"}[on_error]
     data = _open_data(ckpt, module, {"predict_root": images and str(images), "on_bad_item": bad})
-    rows, picture = _detect_all(module.to(pick_device(device)), data, min_score, shown)
+    with told_to_skip():
+        rows, picture = _detect_all(module.to(pick_device(device)), data, min_score, shown)
     if not rows:
         raise UserError("there is no readable image", where=str(images))
     out.mkdir(parents=True, exist_ok=True)
@@ -122,14 +123,15 @@ def _detect_all(
     """A row for every detection, and the first images."""
     rows, picture = [], _Shown(shown)
     for batch in track(data.predict_dataloader(), label="detecting"):
-        found: Detections = module(batch.image.to(module.device))
+        names = data.predict_files or range(len(data.predict_dataset()))
+        images = [str(names[n]) for n in batch.index.tolist()]
+        with naming_images(images):
+            found: Detections = module(batch.image.to(module.device))
         found = found._replace(
             results=[{k: v.cpu() for k, v in result.items()} for result in found.results]
         )
         results = in_original_pixels(found, batch)
         picture.add(batch, results, found)
-        names = data.predict_files or range(len(data.predict_dataset()))
-        images = [str(names[n]) for n in batch.index.tolist()]
         rows += detection_rows(
             results, images, data.class_names, found.routes, found.madds, min_score
         )

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_net_plus.commands.common import at_least, open_data, open_network
+from ds_net_plus.commands.common import at_least, open_data, open_network, told_to_skip
 from ds_net_plus.data import ImageData
-from ds_net_plus.model import DynamicNet, check_finite, check_statistics, tau_for_budget
+from ds_net_plus.model import (
+    DynamicNet,
+    check_finite,
+    check_statistics,
+    naming_images,
+    tau_for_budget,
+)
 from ds_net_plus.module.base import route_name
 from ds_net_plus.report import gallery
 from tenfold.errors import UserError
@@ -56,12 +62,8 @@ def explain(
     bad = {"fail": "raise", "skip": "skip"}[on_error]
     source = open_data(saved, {"predict_root": str(images), "on_bad_item": bad}, "predict")
     check_statistics(net, net.routing_space)
-    try:
+    with told_to_skip():
         rows, shown = explain_images(net, source, tau, per_route)
-    except UserError as error:
-        if "on_bad_item" not in (error.fix or ""):
-            raise
-        raise UserError(error.what, where=error.where, fix="or add --on-error skip") from error
     if not rows:
         raise UserError("there is no readable image", where=str(images))
     out.mkdir(parents=True, exist_ok=True)
@@ -114,8 +116,9 @@ def explain_images(
         front = net.front(batch.image.to(place))
         logits = net.gate_logits(front.gate_input)
         scores, size = net.scores(logits), batch.image.shape[-1]
-        output = net.dispatch(front.features, logits, net.decider(batch.image, tau), size=size)
-        check_finite(output.logits, first=len(rows))
+        with naming_images([source.predict_files[n] for n in batch.index.tolist()]):
+            output = net.dispatch(front.features, logits, net.decider(batch.image, tau), size=size)
+            check_finite(output.logits)
         probability = scores if net.gate_score == "probability" else logits.softmax(1)
         names = [route_name(path) for path in output.routes.tolist()]
         score, label = output.logits.softmax(1).max(1)

@@ -320,7 +320,25 @@ def search_routes(
     even = [pareto[j * (len(pareto) - 1) // (count - 1)] for j in range(count)]
     print(f"suggested for every budget: --routing-space {','.join(map(str, even))}")
     for target in parse_numbers(budget, float, "--budget") if budget else []:
+        check_budget(target * 1e6, table.madds)
         costs = [table.madds[k] for k in pareto]
         start = int(np.searchsorted(costs, target * 1e6)) - count // 2
         window = pareto[max(0, min(start, len(pareto) - count)) :][:count]
         print(f"for {target:g} M MAdds: --routing-space {','.join(map(str, window))}")
+
+
+def check_budget(target: float, madds: Sequence[int]) -> None:
+    """Makes sure that some mix of routes has these mean MAdds.
+
+    Args:
+        target: mean MAdds of an image.
+        madds: cost of the routes, ascending.
+
+    Raises:
+        UserError: it lies outside; tells the range.
+    """
+    if not madds[0] <= target <= madds[-1]:
+        raise UserError(
+            f"--budget {target / 1e6:g} lies outside what the routes can do",
+            fix=f"choose from {madds[0] / 1e6:g} to {madds[-1] / 1e6:g} million MAdds",
+        )

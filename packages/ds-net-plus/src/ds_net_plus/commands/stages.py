@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
-from ds_net_plus.commands.common import at_least, beside, open_data, open_network, parse_numbers
+from ds_net_plus.commands.common import (
+    at_least,
+    beside,
+    open_data,
+    open_network,
+    parse_numbers,
+    refuse_folder,
+)
 from ds_net_plus.evaluate import (
     RouteTable,
     calibrate_tau,
@@ -52,6 +59,7 @@ def recalibrate(
         device: auto, cpu, cuda or mps.
     """
     at_least(1, batches=batches)
+    refuse_folder(out)
     saved, _ = open_network(ckpt, "ema", device)
     source = open_data(saved, data)
     chosen = None if routes is None else parse_numbers(routes, int, "--routes")
@@ -123,6 +131,7 @@ def train_gate(
         device: auto, cpu, cuda or mps.
     """
     at_least(1, steps=steps, epochs=epochs, batch_size=batch_size)
+    refuse_folder(out)
     at_least(0, lr=lr, weight_decay=weight_decay, smoothing=smoothing)
     saved, net = open_network(ckpt, weights, device)
     changes = dict(data or {}) | ({} if gate_split is None else {"gate_split": gate_split})
@@ -236,9 +245,11 @@ def calibrate_budget(
         data: changes to the data of the checkpoint, such as --data.root DIR.
         device: auto, cpu, cuda or mps.
     """
+    at_least(1, batch=batch)
     given = [v for v in (target_madds, target_ms, target_saving) if v is not None]
     if len(given) != 1 or given[0] <= 0:
         raise UserError("give one of --target-madds, --target-ms and --target-saving, above 0")
+    refuse_folder(out)
     saved, net = open_network(ckpt, weights, device)
     net.check_gate()
     source = open_data(saved, data)

@@ -3,6 +3,7 @@
 from ds_net_plus.convert.official import (
     DICTS,
     ConversionReport,
+    check_finite_weights,
     convert_official,
     infer_config,
     parity_check,
@@ -14,6 +15,7 @@ __all__ = [
     "DICTS",
     "IMPORTANCE",
     "ConversionReport",
+    "check_finite_weights",
     "convert_official",
     "from_timm",
     "infer_config",

@@ -256,6 +256,10 @@ class ImageData(DataModule):
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(size, generator=generator).tolist()
         gate, val = (round(self.hparams[k] * size) for k in ("gate_split", "val_split"))
+        for name, count in (("gate_split", gate), ("val_split", val)):
+            if self.hparams[name] and not count:
+                share = self.hparams[name]
+                raise UserError(f"{name} {share} of {size} training images is less than one")
         return {
             "gate": sorted(order[:gate]),
             "val": sorted(order[gate : gate + val]),

@@ -32,11 +32,16 @@ class MultiHeadGate(nn.Module):
             outputs: number of route logits, 0 for an attention head alone.
             squeeze_ratio: squeeze width over channels.
             attention: "sigmoid", or "tanh1p": X (1 + tanh(.)), which starts as the identity.
+
+        Raises:
+            UserError: an unknown attention, or no room for h.
         """
         super().__init__()
         if attention not in ("sigmoid", "tanh1p"):
             raise UserError(f"attention must be 'sigmoid' or 'tanh1p', got {attention!r}")
         hidden = int(squeeze_ratio * channels)
+        if hidden < 1:
+            raise UserError(f"squeeze ratio {squeeze_ratio} leaves nothing of {channels} channels")
         self.attention = attention
         self.conv_reduce = nn.Conv2d(channels, hidden, 1)
         self.conv_expand = nn.Conv2d(hidden, channels, 1)

@@ -50,7 +50,16 @@ class SwitchableBN(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels *space"]
     ) -> Float[Tensor, "batch channels *space"]:
-        """Normalises with the statistics of width x.shape[1] (batch statistics in training)."""
+        """Normalises with the statistics of width x.shape[1] (batch statistics in training).
+
+        Raises:
+            UserError: in training, a single value of every channel, which has no variance.
+        """
+        if self.training and x.shape[0] * x.shape[2:].numel() == 1:
+            raise UserError(
+                "batch norm cannot learn from one image whose map has one pixel",
+                fix="choose a larger --data.batch_size, or images of more pixels",
+            )
         bn = self.statistics(x.shape[1])
         free = self.aux_bn[-1].weight is None
         scale, shift = (None, None) if free else self.affine(x.shape[1])

@@ -6,9 +6,11 @@ from ds_net_plus.model.base import (
     DynamicNet,
     DynamicOutput,
     Front,
+    NotFiniteError,
     PlainRoute,
     Route,
     RouteLike,
+    naming_images,
 )
 from ds_net_plus.model.checks import (
     check_finite,
@@ -39,6 +41,7 @@ __all__ = [
     "Features",
     "Front",
     "ImageLosses",
+    "NotFiniteError",
     "PlainRoute",
     "Route",
     "RouteLike",
@@ -47,6 +50,7 @@ __all__ = [
     "choose_routes",
     "count_madds",
     "create_model",
+    "naming_images",
     "reset_gate",
     "run_grouped",
     "tau_for_budget",

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -525,19 +526,45 @@ class DynamicNet(TimmFace, HubFace):
         self.budgets = [(float(tau), float(cost)) for tau, cost in state["budgets"]]
 
 
+class NotFiniteError(UserError):
+    """An image that cannot be routed or classified, by its number in the batch.
+
+    Attributes:
+        image: the number.
+    """
+
+    def __init__(self, what: str, image: int, name: object = None) -> None:
+        """Names the image by its number, unless a better name is known."""
+        self.image = image
+        super().__init__(
+            what,
+            where=f"image {image} of the batch" if name is None else f"image {name}",
+            fix="look for NaN or infinite values in that image or in the weights",
+        )
+
+
+@contextmanager
+def naming_images(names: Sequence[object]) -> Iterator[None]:
+    """Inside, an image that is not finite is told by its own name.
+
+    Args:
+        names: of the images of the batch, such as their files.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(error.what, error.image, names[error.image]) from error
+
+
 def check_choice(choice: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """Returns positions on the host, if every image has one.
 
     Raises:
-        UserError: -1 among them, which stands for gate logits that are not finite.
+        NotFiniteError: -1 among them, which stands for gate logits that are not finite.
     """
     if bool((choice < 0).any()):
         index = int((choice < 0).nonzero()[0])
-        raise UserError(
-            "the gate's logits are not finite",
-            where=f"image {index} of the batch",
-            fix="look for NaN or infinite values in that image",
-        )
+        raise NotFiniteError("the gate's logits are not finite", index)
     return choice
 
 
@@ -556,15 +583,19 @@ class PlainRoute(nn.Module):
 
 
 def default_space(num_routes: int, outputs: int) -> tuple[int, ...]:
-    """Evenly spaced routes from the first to the last, one for each gate output."""
+    """Evenly spaced routes from the first to the last, one for each gate output.
+
+    Raises:
+        UserError: fewer routes than outputs.
+    """
+    if outputs > num_routes:
+        raise UserError(
+            f"the slimming head has {outputs} outputs, the network {num_routes} routes",
+            fix=f"give gate_outputs from 2 to {num_routes}",
+        )
     return tuple(j * (num_routes - 1) // max(outputs - 1, 1) for j in range(outputs))
 
 
 def half(side: int, stride: int) -> int:
     """Side of a feature map after a convolution of this stride that keeps the size otherwise."""
     return -(-side // stride)
-
-
-def plain_config(value: object) -> object:
-    """Tuples and ranges as lists, so that a config survives JSON and YAML unchanged."""
-    return [plain_config(v) for v in value] if isinstance(value, list | tuple | range) else value

@@ -8,27 +8,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ds_net_plus.layers import SwitchableBN
-from ds_net_plus.model.base import DynamicNet, RouteLike
+from ds_net_plus.model.base import DynamicNet, NotFiniteError, RouteLike
 from tenfold.errors import UserError
 
 
-def check_finite(logits: Float[Tensor, "batch ..."], first: int = 0) -> None:
-    """Makes sure that class logits mean something.
-
-    Args:
-        logits: of a batch.
-        first: number of the batch's first image.
+def check_finite(logits: Float[Tensor, "batch ..."]) -> None:
+    """Makes sure that class logits of a batch mean something.
 
     Raises:
-        UserError: NaN or infinite logits; names the first image that has them.
+        NotFiniteError: NaN or infinite logits; names the first image that has them.
     """
     bad = (~logits.isfinite().flatten(1).all(1)).nonzero()
     if len(bad):
-        raise UserError(
-            "the class logits are not finite",
-            where=f"image {first + int(bad[0])}",
-            fix="look for NaN or infinite values in that image or in the weights",
-        )
+        raise NotFiniteError("the class logits are not finite", int(bad[0]))
 
 
 def check_statistics(net: DynamicNet, routes: Sequence[RouteLike]) -> None:

@@ -20,6 +20,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import box_iou
 
 from ds_net_plus.model.base import DynamicNet, RouteLike, half
+from ds_net_plus.model.checks import check_finite
 from tenfold.errors import UserError
 
 GROUP = 16  # channels of a norm's group
@@ -247,10 +248,11 @@ class Detector(nn.Module):
             tau: price of compute in the gate's decision.
 
         Raises:
-            UserError: no such route, or an untrained gate.
+            UserError: no such route, an untrained gate, or an image that is not finite.
         """
         features = self.net.features(x, route=route, levels=self.levels, tau=tau)
         outputs, anchors = self._heads(x, features.maps)
+        check_finite(outputs["cls_logits"])
         shapes = [(x.shape[-2], x.shape[-1])] * len(x)
         found = self.ssd.postprocess_detections(outputs, [anchors] * len(x), shapes)
         results = [{**image, "labels": image["labels"] - 1} for image in found]

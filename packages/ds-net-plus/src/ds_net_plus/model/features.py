@@ -43,9 +43,7 @@ def feature_maps(
     route = net.default_route if route is None else route
     run = _dynamic if route is None else _static
     groups, routes, costs = run(net, x, tau if route is None else route)  # pyright: ignore[reportArgumentType]
-    maps = [
-        _padded(groups, level, len(x), width) for level, width in zip(levels, channels, strict=True)
-    ]
+    maps = [_padded(groups, level, x, width) for level, width in zip(levels, channels, strict=True)]
     return Features(maps, routes.to(x.device), costs.to(x.device))
 
 
@@ -61,7 +59,7 @@ def default_maps(net: "DynamicNet", x: Float[Tensor, "batch colours height width
     channels = net.map_channels()
     if any(TOKENS in maps for _, maps in groups):
         channels |= {TOKENS: channels[max(channels)]}
-    return {level: _padded(groups, level, len(x), width) for level, width in channels.items()}
+    return {level: _padded(groups, level, x, width) for level, width in channels.items()}
 
 
 _Groups = list[tuple[Tensor, Maps]]  # (images, their maps)
@@ -97,13 +95,13 @@ def _dynamic(net: "DynamicNet", x: Tensor, tau: float) -> tuple[_Groups, Tensor,
     return groups, output.routes, output.madds
 
 
-def _padded(groups: _Groups, level: int, batch: int, channels: int) -> Tensor:
+def _padded(groups: _Groups, level: int, x: Tensor, channels: int) -> Tensor:
     """One map of all images, zero beyond the width that a group has."""
     found = [(index, maps[level]) for index, maps in groups if level in maps]
-    if not found:
-        raise ValueError(f"an empty batch has no map of stride {level}")
+    if not found:  # no image took any route
+        return x.new_zeros(0, channels, *(-(-side // max(level, 1)) for side in x.shape[2:]))
     example = found[0][1]
-    whole = example.new_zeros(batch, channels, *example.shape[2:])
+    whole = example.new_zeros(len(x), channels, *example.shape[2:])
     for index, part in found:
         whole[index.to(whole.device), : part.shape[1]] = part
     return whole

@@ -1,11 +1,14 @@
 """Which route an image takes, and running a batch in groups that share one."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tenfold.errors import UserError
 
 # (gate logits, gate) -> position in the routing space of every image, on the host
 Decide = Callable[[Tensor, int], Tensor]
@@ -24,7 +27,12 @@ def choose_routes(
         scores: the gate's opinion of every route.
         madds: cost of the routes, ascending.
         tau: price of compute; 0 leaves the decision to the gate alone.
+
+    Raises:
+        UserError: a tau that is no number.
     """
+    if not math.isfinite(tau):
+        raise UserError(f"tau must be a finite number, got {tau}")
     return (scores - tau * _prices(tuple(madds), scores.device, scores.dtype)).argmax(1)
 
 

@@ -19,6 +19,7 @@ from ds_net_plus.layers import (
     init_official,
     make_classifier,
 )
+from ds_net_plus.model.arguments import plain_arguments
 from ds_net_plus.model.base import (
     LARGEST,
     DynamicNet,
@@ -27,7 +28,6 @@ from ds_net_plus.model.base import (
     RouteLike,
     default_space,
     half,
-    plain_config,
 )
 from tenfold.errors import UserError
 
@@ -103,7 +103,7 @@ class DSMobileNet(DynamicNet):
         """
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = {k: plain_config(v) for k, v in config.items()}
+        self.config = plain_arguments(config)
         self.name = "ds_mbnet"
         self.stem_widths = check_widths(stem_widths, "stem widths")
         self.stage_widths = tuple(

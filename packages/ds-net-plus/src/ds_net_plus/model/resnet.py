@@ -16,6 +16,7 @@ from ds_net_plus.layers import (
     make_classifier,
 )
 from ds_net_plus.layers.bottleneck import EXPANSION, make_norm, plain_layer
+from ds_net_plus.model.arguments import plain_arguments
 from ds_net_plus.model.base import (
     LARGEST,
     DynamicNet,
@@ -24,7 +25,6 @@ from ds_net_plus.model.base import (
     RouteLike,
     default_space,
     half,
-    plain_config,
 )
 from tenfold.errors import UserError
 
@@ -88,7 +88,7 @@ class DSResNet(DynamicNet):
         """
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = {k: plain_config(v) for k, v in config.items()}
+        self.config = plain_arguments(config)
         self.name = "ds_resnet50"
         _check_options(depths, base_widths, rhos, gates, norm, gate_position, stem)
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size

@@ -17,6 +17,7 @@ from ds_net_plus.layers import (
     channel_mask,
     make_classifier,
 )
+from ds_net_plus.model.arguments import plain_arguments
 from ds_net_plus.model.base import (
     LARGEST,
     DynamicNet,
@@ -25,7 +26,6 @@ from ds_net_plus.model.base import (
     RouteLike,
     default_space,
     half,
-    plain_config,
 )
 from ds_net_plus.model.features import TOKENS
 from tenfold.errors import UserError
@@ -102,8 +102,10 @@ class DSViT(DynamicNet):
         """
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = {k: plain_config(v) for k, v in config.items()}
+        self.config = plain_arguments(config)
         self.name = "ds_vit_small"
+        if len(front) != 3:
+            raise UserError(f"front must be features, heads and MLP ratio, got {list(front)}")
         self.front_widths = _widths((*front, front_blocks))
         self.widths = _check_routes(routes)
         if min(self.front_widths[:3]) < 1 or front_blocks < 0 or image_size % patch_size:
@@ -278,6 +280,8 @@ class DSViT(DynamicNet):
 def _widths(sizes: Sequence[float]) -> BlockWidths:
     """(features, heads, MLP ratio, blocks) with the ratio as units, a multiple of 8."""
     features, heads, ratio, blocks = sizes
+    if any(size != int(size) for size in (features, heads, blocks)):
+        raise UserError(f"features, heads and blocks must be whole numbers, got {list(sizes)}")
     hidden = round(int(ratio * features) / 8) * 8
     return BlockWidths(int(features), int(heads), hidden, int(blocks))
 

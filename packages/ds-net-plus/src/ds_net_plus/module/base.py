@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ds_net_plus.checkpoint import META, net_metadata
+from ds_net_plus.checkpoint import META, STUDENT, check_same_network, net_metadata
 from ds_net_plus.data import Batch, ImageData
 from ds_net_plus.losses import gumbel_noise
 from ds_net_plus.model import (
@@ -23,9 +24,11 @@ from ds_net_plus.model import (
     check_finite,
     check_statistics,
     create_model,
+    naming_images,
     tau_for_budget,
 )
 from ds_net_plus.module.schedule import cosine_schedule
+from tenfold.checkpoint import strip_prefix
 from tenfold.errors import UserError
 
 
@@ -122,6 +125,11 @@ class NetModule(LightningModule):
 
     on_predict_start = on_test_start
 
+    def on_validation_start(self) -> None:
+        """The command `validate` measures as `test` does."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_test_start()
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy and cost of the chosen route, or of the gate's choices."""
         self._measure(batch, "test")
@@ -131,7 +139,8 @@ class NetModule(LightningModule):
         self._measure(batch, "val")
 
     def _measure(self, batch: Batch, split: str) -> None:
-        output = self(batch.image)
+        with naming_images(batch.index.tolist()):
+            output = self(batch.image)
         self.top1(output.logits, batch.label)
         self.top5(output.logits, batch.label)
         self.mean_madds(output.madds.float())
@@ -141,12 +150,14 @@ class NetModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One row for each image: index or file, label, score, route and MAdds."""
-        output = self(batch.image)
-        score, label = output.logits.softmax(1).max(1)
         index = batch.index.tolist()
         files = getattr(self.trainer.datamodule, "predict_files", ())  # pyright: ignore[reportAttributeAccessIssue]
+        images = [str(files[n]) for n in index] if files else index
+        with naming_images(images):
+            output = self(batch.image)
+        score, label = output.logits.softmax(1).max(1)
         rows = {
-            "image": [str(files[n]) for n in index] if files else index,
+            "image": images,
             "label": label.tolist(),
             "score": score.tolist(),
             "route": [route_name(path) for path in output.routes.tolist()],
@@ -159,8 +170,16 @@ class NetModule(LightningModule):
         checkpoint[META] = net_metadata(self.net)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over the gate metadata."""
+        """Takes over the gate metadata.
+
+        Raises:
+            UserError: the file holds another network; lists what differs.
+        """
         if META in checkpoint:
+            state = {
+                k: v for k, v in checkpoint["state_dict"].items() if k.startswith(f"{STUDENT}.")
+            }
+            check_same_network(self.net, checkpoint[META], strip_prefix(state, f"{STUDENT}."))
             self.evaluated().load_gate_state(checkpoint[META]["gate"])
             self.net.load_gate_state(checkpoint[META]["gate"])
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torchmetrics import MeanMetric
 
-from ds_net_plus.checkpoint import load_net, net_metadata
+from ds_net_plus.checkpoint import DETECTOR, load_net, net_metadata
 from ds_net_plus.data import DetectionBatch, VOCData
 from ds_net_plus.metrics import VOCMeanAP, as_coco, coco_ap50
 from ds_net_plus.model import (
@@ -26,6 +26,7 @@ from ds_net_plus.model import (
     RouteLike,
     check_statistics,
     create_model,
+    naming_images,
     tau_for_budget,
 )
 from ds_net_plus.module.base import check_numbers, parse_route
@@ -36,7 +37,7 @@ from tenfold.errors import UserError
 
 log = logging.getLogger(__name__)
 
-META = "ds_net_plus_detector"
+META = DETECTOR
 
 
 class DetectionModule(LightningModule):
@@ -307,14 +308,18 @@ class DetectionModule(LightningModule):
         """
         fitting = self.trainer.state.fn != TrainerFn.VALIDATING
         if not (fitting and self.route is None and not self.net.gate_trained):
-            self._measure(batch, "chosen", self(batch.image))
+            self._measure(batch, "chosen", self._found(batch))
             return
         for k in self.watched_routes():
             self._measure(batch, f"route_{k}", self.detector(batch.image, route=k))
 
     def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Measures the chosen route."""
-        self._measure(batch, "chosen", self(batch.image))
+        self._measure(batch, "chosen", self._found(batch))
+
+    def _found(self, batch: DetectionBatch) -> Detections:
+        with naming_images(batch.index.tolist()):
+            return self(batch.image)
 
     def _measure(self, batch: DetectionBatch, name: str, found: Detections) -> None:
         results, truths = in_original_pixels(found, batch), batch.truths()
@@ -357,8 +362,10 @@ class DetectionModule(LightningModule):
         index = batch.index.tolist()
         images = [str(files[n]) for n in index] if files else index
         names = getattr(data, "class_names", ())
+        with naming_images(images):
+            found = self(batch.image)
         return detection_rows(
-            in_original_pixels(found := self(batch.image), batch),
+            in_original_pixels(found, batch),
             images,
             names,
             found.routes,

@@ -4,6 +4,7 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Adam
 
@@ -12,7 +13,7 @@ from ds_net_plus.data import Batch
 from ds_net_plus.losses import GateLoss
 from ds_net_plus.model import check_statistics, reset_gate, with_space
 from ds_net_plus.module.base import NetModule, check_numbers
-from ds_net_plus.steps import Stage2Output, gate_objective
+from ds_net_plus.steps import Stage2Output, gate_objective, sample_upstream
 from tenfold.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class GateModule(NetModule):
             parameter.requires_grad_(True)
         self.net.gate_score = "probability" if gate_loss == "value" else "logit"
         scale = None if scale is None else float(scale)
-        self._counts = torch.zeros(self.net.gate_outputs, dtype=torch.int64)
+        self._counts = torch.zeros(self.net.num_gates, self.net.gate_outputs, dtype=torch.int64)
         self.objective = GateLoss(lambda_ce, lambda_cplx, lambda_sgs, scale, sgs_on, smoothing)
 
     def train(self, mode: bool = True) -> "GateModule":
@@ -150,8 +151,8 @@ class GateModule(NetModule):
         output = self._objective(batch)
         for name, value in output.losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss")
-        chosen = output.gate_logits.detach().argmax(-1).flatten().cpu()
-        self._counts += chosen.bincount(minlength=self.net.gate_outputs)
+        chosen = output.gate_logits.detach().argmax(-1).view(len(batch.label), -1).cpu()
+        self._counts += F.one_hot(chosen, self.net.gate_outputs).sum(0)
         return output.loss
 
     def _objective(self, batch: Batch | GateBatch) -> Stage2Output:
@@ -167,6 +168,9 @@ class GateModule(NetModule):
             )
         with torch.no_grad():
             front = self.net.front(batch.image)
+        # the same path on every rank
+        seed = self.hparams["seed"] * 1_000_003 + self.global_step
+        generator = torch.Generator().manual_seed(seed)
         return gate_objective(
             self.net,
             front.gate_input,
@@ -174,18 +178,21 @@ class GateModule(NetModule):
             features=front.features,
             objective=self.objective,
             size=batch.image.shape[-1],
+            upstream=sample_upstream(self.net, generator),
             **options,
         )
 
     def on_train_epoch_end(self) -> None:
-        """Warns where nearly every image takes one route."""
-        share = self._counts / self._counts.sum().clamp(min=1)
+        """Warns of every gate that sends nearly every image on one route."""
         # a value gate favours the widest route by nature, until tau puts a price on it
-        if self.hparams["gate_loss"] == "sgs" and float(share.max()) > COLLAPSE_SHARE:
-            log.warning(
-                "gate collapse: routes %s chosen %s times; turn SGS on (--sgs try_best), change "
-                "--lambda-cplx, or set tau",
-                list(self.net.routing_space),
-                self._counts.tolist(),
-            )
+        for gate, counts in enumerate(self._counts if self.hparams["gate_loss"] == "sgs" else ()):
+            if float(counts.max() / counts.sum().clamp(min=1)) > COLLAPSE_SHARE:
+                number = f" of gate {gate}" if self.net.num_gates > 1 else ""
+                log.warning(
+                    "gate collapse%s: routes %s chosen %s times; turn SGS on (--sgs try_best), "
+                    "change --lambda-cplx, or set tau",
+                    number,
+                    list(self.net.routing_space),
+                    counts.tolist(),
+                )
         self._counts.zero_()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from ds_net_plus.checkpoint import load_net
+from ds_net_plus.checkpoint import TEACHER, load_net
 from ds_net_plus.data import Batch
-from ds_net_plus.model import DynamicNet, RouteLike
+from ds_net_plus.model import DynamicNet, RouteLike, check_statistics
 from ds_net_plus.module.base import NetModule, check_numbers
 from ds_net_plus.steps import (
     DISTILL_MODES,
@@ -24,7 +24,7 @@ from ds_net_plus.steps import (
     sample_routes,
     stage1_step,
 )
-from tenfold.checkpoint import compare_keys, ema_decay
+from tenfold.checkpoint import compare_keys, ema_decay, load_state
 from tenfold.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -69,12 +69,19 @@ def external_teacher(name: str, net: DynamicNet) -> nn.Module:
     model, _, file = rest.partition(":")
     if scheme != "timm" or not model:
         raise UserError(f"teacher {name!r} is none", fix="give timm:NAME or timm:NAME:FILE")
+    if file and not file.endswith(".npz"):
+        load_state(file)  # tells what is wrong with a file better than timm does
     try:
         teacher = timm.create_model(
-            model, pretrained=not file, checkpoint_path=file or None, in_chans=net.in_channels
+            model,
+            pretrained=not file,
+            checkpoint_path=file or None,
+            in_chans=net.in_channels,
+            # a file holds a classifier for these classes; what is fetched has its own
+            **({"num_classes": net.num_classes} if file else {}),
         )
     except Exception as error:  # timm, the hub and the network raise many kinds
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        line = f"{type(error).__name__}, {str(error).partition(chr(10))[0]}".rstrip(", ")
         raise UserError(
             f"the teacher cannot be made: {line}",
             where=name,
@@ -86,6 +93,23 @@ def external_teacher(name: str, net: DynamicNet) -> nn.Module:
             where=name,
         )
     return teacher.requires_grad_(False).eval()
+
+
+def check_teacher(teacher: nn.Module, image: Tensor, name: str) -> None:
+    """Makes sure that an external teacher takes the images of a batch.
+
+    Raises:
+        UserError: it is for images of another size.
+    """
+    try:
+        with torch.no_grad():
+            teacher(image[:1])
+    except (AssertionError, RuntimeError) as error:  # timm's transformers assert their size
+        raise UserError(
+            f"the teacher does not take images of {image.shape[-2]} x {image.shape[-1]} pixels",
+            where=name,
+            fix="choose another --data.image_size or another teacher",
+        ) from error
 
 
 class SupernetModule(NetModule):
@@ -203,6 +227,19 @@ class SupernetModule(NetModule):
         self.teacher.eval()
         return self
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over the gate metadata of a Stage-I file.
+
+        Raises:
+            UserError: the file holds another network, or no moving average.
+        """
+        if not any(key.startswith(f"{TEACHER}.") for key in checkpoint["state_dict"]):
+            raise UserError(
+                "the checkpoint is of gate training: it has no moving average",
+                fix="add --model ds_net_plus.module.GateModule",
+            )
+        super().on_load_checkpoint(checkpoint)
+
     def configure_optimizers(self) -> Any:
         """Nesterov SGD or AdamW with a cosine schedule; no decay on biases, norms and positions."""
         h, spared = self.hparams, self.net.no_weight_decay()
@@ -257,6 +294,8 @@ class SupernetModule(NetModule):
         optimizer: Optimizer = self.optimizers()  # pyright: ignore[reportAssignmentType]
         optimizer.zero_grad()
         image, label, other = self._views(batch)
+        if self._external and step == 0:
+            check_teacher(self._external[0], image, h["teacher"])
         output = stage1_step(
             self.net,
             self.teacher,
@@ -308,13 +347,24 @@ class SupernetModule(NetModule):
         if not torch.equal(gathered, mine.expand_as(gathered)):  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
             raise RuntimeError(f"ranks sampled different routes; rank {self.global_rank}: {routes}")
 
+    def _asked(self) -> bool:
+        """Whether validation measures one thing: the chosen route, or a trained gate."""
+        asked = self.route is not None or bool(self.evaluated().gate_trained)
+        return asked and self.trainer.state.fn == TrainerFn.VALIDATING
+
+    def on_validation_start(self) -> None:
+        """Refuses statistics that were never measured, where there was no training before."""
+        if self._asked():
+            self.on_test_start()
+        elif self.trainer.state.fn == TrainerFn.VALIDATING:
+            check_statistics(self.evaluated(), self.watched_routes())
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Top-1 of the watched routes, the front run once for all of them.
 
         The command `validate` measures the chosen route, or a trained gate, instead.
         """
-        asked = self.route is not None or bool(self.evaluated().gate_trained)
-        if asked and self.trainer.state.fn == TrainerFn.VALIDATING:
+        if self._asked():
             super().validation_step(batch, batch_idx)
             return
         net = self.evaluated()

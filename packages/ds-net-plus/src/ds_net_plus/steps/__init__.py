@@ -11,6 +11,7 @@ from ds_net_plus.steps.stage2 import (
     ESTIMATORS,
     Stage2Output,
     gate_objective,
+    sample_upstream,
     stage2_step,
     upstream_inputs,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "ema_update",
     "gate_objective",
     "sample_routes",
+    "sample_upstream",
     "stage1_step",
     "stage2_step",
     "upstream_inputs",

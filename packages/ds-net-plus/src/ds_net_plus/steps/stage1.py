@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -131,6 +132,8 @@ def stage1_step(
                 soft = _teacher_targets(teacher, x, ["largest", *routes])
             target = (1 - weight) * hard + weight * soft
         loss = soft_cross_entropy(logits, target)
+        if name == names[-1] and dist.is_available() and dist.is_initialized():
+            loss = loss + _touch(student)
         with nullcontext() if name == names[-1] else no_sync():
             backward(loss)
         if name == "L" and distill == "inplace":
@@ -139,6 +142,16 @@ def stage1_step(
         output.losses[name] = loss.detach()
         output.targets[name] = target
     return output
+
+
+def _touch(net: nn.Module) -> Tensor:
+    """Zero, with every trained parameter in its graph.
+
+    Ranks exchange the gradients that the last backward pass reaches. The smallest route may have
+    fewer blocks than those before it, whose gradients would stay each rank's own.
+    """
+    parts = [p.flatten()[:1] for p in net.parameters() if p.requires_grad]
+    return 0 * torch.cat(parts).float().sum()
 
 
 def _smoothed(y: Tensor, classes: int, smoothing: float) -> Tensor:

@@ -57,6 +57,7 @@ def gate_objective(
     sgs: str = "try_best",
     objective: GateLoss | None = None,
     size: int | None = None,
+    upstream: Sequence[int] | None = None,
 ) -> Stage2Output:
     """Stage-II losses of one batch, differentiable in the gate's parameters alone.
 
@@ -75,6 +76,7 @@ def gate_objective(
         sgs: difficulty labels, one of `SGS_MODES`.
         objective: weights of the paper's loss.
         size: image side that costs are stated for.
+        upstream: path on which several value gates read; drawn where None.
 
     Raises:
         UserError: an unknown option.
@@ -90,8 +92,8 @@ def gate_objective(
         assert features is not None
         route_logits = _route_logits(model, features, needed)
         if several and gate_loss == "value":
-            path = torch.randint(len(space), (model.num_gates,)).tolist()
-            gate_input = upstream_inputs(model, features, gate_input, [space[j] for j in path])
+            path = sample_upstream(model) if upstream is None else upstream
+            gate_input = upstream_inputs(model, features, gate_input, path)
     if gate_loss == "value":
         gate_logits = model.all_gate_logits(gate_input.detach())
         loss = value_loss(gate_logits, route_logits, y)
@@ -151,6 +153,13 @@ def _walk(
         all_logits.append(gate_logits)
     columns = (torch.stack(part, 1) for part in zip(*samples, strict=True))
     return torch.stack(all_logits, 1), GateSample(*columns), features
+
+
+def sample_upstream(model: DynamicNet, generator: torch.Generator | None = None) -> list[int]:
+    """A route of the routing space for each gate, uniform and independent."""
+    space = model.routing_space
+    draws = torch.randint(len(space), (model.num_gates,), generator=generator)
+    return [space[j] for j in draws.tolist()]
 
 
 @torch.no_grad()
