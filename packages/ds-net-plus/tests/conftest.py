@@ -76,6 +76,7 @@ FAMILIES = {
     "resnet": build_tiny_resnet,
     "resnet-bn": partial(build_tiny_resnet, gates=1),
     "resnet-in-block": partial(build_tiny_resnet, gate_position="in_block", stem="small"),
+    "resnet-one-in-block": partial(build_tiny_resnet, gates=1, gate_position="in_block"),
     "vit": build_tiny_vit,
     "vit-depth": partial(
         build_tiny_vit, routes=[(24, 1, 2, blocks) for blocks in (1, 2, 3, 4)], gate_hidden=8

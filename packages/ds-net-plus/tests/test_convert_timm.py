@@ -592,7 +592,7 @@ def test_what_is_silent_in_eval_mode_fits():
         (tiny_resnet, {"rhos": (0.5, 0.75)}, "must end with 1"),
         (tiny_resnet, {"rhos": (0.5, 1, 2)}, "must end with 1"),
         (tiny_resnet, {"rhos": (1.0,)}, "two rhos or more"),
-        (tiny_resnet, {"gates": 3}, "gates must be 1 or 4"),
+        (tiny_resnet, {"gates": 3}, "gates must be 1, 4"),
         (tiny_vit, {"importance": "best"}, "'best'.*magnitude, taylor, none"),
         (tiny_vit, {"importance": "taylor"}, "taylor' without images"),
         (tiny_vit, {"images": []}, "magnitude' with images"),

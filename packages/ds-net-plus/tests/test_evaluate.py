@@ -23,6 +23,8 @@ from ds_net_plus.evaluate import (
     with_gate,
 )
 from ds_net_plus.model import DSConvNet, choose_routes, tau_for_budget
+from ds_net_plus.train import CachedRoutes
+from tenfold.data import Draw
 from tenfold.errors import UserError
 
 
@@ -144,19 +146,40 @@ def test_gate_inputs_are_those_of_the_paths_upstream(families, randomize, images
     x, paths = images_of(net), [(0, 0, 0), (2, 1, 3)]
     batches = [Images(i, torch.arange(len(i))) for i in x.split(4)]
     table = collect(net, batches, upstream=paths)
-    assert table.labels.tolist() == [0, 1, 2, 3] * 4 + [0] * 2
+    assert table.labels.tolist() == [0, 1, 2, 3] * 2 + [0]
+    assert len(table.logits) == len(x)  # once, whatever the number of paths
     features, first = net.front(x)
     features, second = net.stage(net.enter(features, 0, 2), 0, 2)
     _, third = net.stage(net.enter(features, 1, 1), 1, 1)
-    rows = [4, 5, 6, 7, 12, 13, 14, 15, 17]  # of the second path, batch by batch
     expected = torch.cat([first, second, third], 1)
-    torch.testing.assert_close(table.gate_input[rows], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(table.gate_input[:, 1], expected, rtol=1e-4, atol=1e-4)
+    assert table.gate_input.shape[1] == len(paths)
+    assert not torch.equal(table.gate_input[:, 0], table.gate_input[:, 1])
+    torch.testing.assert_close(
+        table.scores, net.scores(net.all_gate_logits(table.gate_input[:, 0])).detach()
+    )
+
+
+def test_each_draw_of_a_cached_image_takes_one_of_its_paths():
+    inputs = torch.arange(20 * 3).view(20, 3, 1).float()
+    logits, labels = torch.zeros(20, 4, 2), torch.arange(20)
+    table = RouteTable(inputs, torch.zeros(20, 2, 4), logits, labels, (1, 2, 3, 4))
+    data = CachedRoutes(table, batch_size=10, seed=0)
+    seen = set()
+    for epoch in range(8):
+        batch = data.items.__getitems__([Draw(epoch, n) for n in range(20)])
+        row = batch.gate_input[:, 0].long()
+        assert torch.equal(row // 3, batch.label)
+        seen |= set(row.tolist())
+    assert len(seen) > 50
+    again = data.items.__getitems__([Draw(7, n) for n in range(20)])
+    assert torch.equal(again.gate_input, batch.gate_input)
 
 
 def test_a_sweep_is_the_network_at_every_price(net, images):
     labels = torch.arange(len(images)) % net.num_classes
     batches = [Images(i, y) for i, y in zip(images.split(4), labels.split(4), strict=True)]
-    taus = [-100.0, 0.0, 0.5, 100.0]
+    taus = [-1e5, 0.0, 0.5, 1e5]  # beyond what random gates can think of
     points = sweep(net, batches, taus)
     for tau, point in zip(taus, points, strict=True):
         output = net(images, tau=tau)
@@ -173,6 +196,7 @@ def test_a_sweep_is_the_network_at_every_price(net, images):
 
 
 def test_a_price_from_the_curve_meets_its_target(families, randomize, images_of):
+    torch.manual_seed(0)
     net = randomize(families["resnet"]())
     net.gate_score = "probability"
     x = torch.randn(60, *images_of(net).shape[1:])

@@ -53,7 +53,7 @@ def mbnet(tiny_mbnet, randomize):
 
 
 SMALL_RESNET = {
-    "depths": (1, 2),
+    "depths": (1, 1),
     "base_widths": (32, 64),
     "rhos": (0.5, 1.0),
     "gates": 2,
@@ -86,12 +86,16 @@ ROUTES = {
 }
 
 
+WITHOUT_ONNX = {"in_block"}  # its layers are those of "resnet", and ONNX takes a second a part
+
+
 @pytest.fixture(scope="module", params=list(ROUTES))
 def exported(request, tmp_path_factory):
     """A network with two routes, some of its routes, its front and their rests in all formats."""
     net, routes = request.getfixturevalue(request.param), ROUTES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    done = export_routes(net, folder, routes, preprocessing={"mean": [0.5]})
+    formats = [f for f in FORMATS if f != "onnx" or request.param not in WITHOUT_ONNX]
+    done = export_routes(net, folder, routes, formats, preprocessing={"mean": [0.5]})
     return net, routes, folder, done
 
 
@@ -104,14 +108,18 @@ def test_every_part_comes_in_every_format(exported):
         parts += ["enter_0_0", "enter_0_1", "stage_0_0", "stage_0_1"]
         parts += [f"enter_1_{before}_{k}" for before in (0, 1) for k in (0, 1)]
         parts += ["stage_1_0", "stage_1_1"]
-    assert [(item.part, item.format) for item in done] == [(p, f) for p in parts for f in FORMATS]
+    formats = list(dict.fromkeys(item.format for item in done))
+    assert formats in (list(FORMATS), ["torch", "exported-program"])
+    assert [(item.part, item.format) for item in done] == [(p, f) for p in parts for f in formats]
     assert all(item.path.is_file() and item.path.parent == folder for item in done)
     assert all(item.deviation <= 1e-5 and len(item.batches) == 2 for item in done)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_files_equal_the_sliced_network(exported, format):
-    net, routes, folder, _ = exported
+    net, routes, folder, done = exported
+    if format not in {item.format for item in done}:
+        pytest.skip("not exported in this format")
     front = load_exported(folder, "front", format)
     wholes = {route: load_exported(folder, route, format) for route in routes}
     singles = routes if net.num_gates == 1 else []
@@ -153,7 +161,9 @@ def test_dynamic_inference_from_the_files_alone(exported):
 @pytest.mark.parametrize("exported", ["resnet", "in_block"], indirect=True)
 @pytest.mark.parametrize("format", FORMATS)
 def test_dynamic_inference_of_two_gates_from_the_files_alone(exported, format):
-    net, _, folder, _ = exported
+    net, _, folder, done = exported
+    if format not in {item.format for item in done}:
+        pytest.skip("not exported in this format")
     x, seen = pictures(net, 3), set()
     for path in ((0, 0), (0, 1), (1, 0), (1, 1)):
         features, scores = load_exported(folder, "front", format)(x)

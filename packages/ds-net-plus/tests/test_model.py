@@ -85,6 +85,14 @@ def test_params_of_a_route_are_those_of_its_plain_network(tiny_mbnet):
         assert total + folded - head == net.active_params(route)
 
 
+FAMILIES_WITH_COUNTS = [
+    "resnet",
+    "resnet-bn",
+    "resnet-in-block",
+    "resnet-one-in-block",
+    "vit",
+    "vit-depth",
+]
 RESNET = {  # route: GMAdds, parameters in M (spec, section 4.2)
     (0, 0, 0, 0): (0.379, 2.00), (1, 1, 1, 1): (1.127, 6.93),
     (2, 2, 2, 2): (2.364, 14.78), (3, 3, 3, 3): (4.089, 25.56),
@@ -157,7 +165,7 @@ def test_sliced_kernels_are_the_centres_of_larger_ones(tiny_mbnet, randomize):
             tiny_mbnet(kernel_size=5, route_kernels=kernels)
 
 
-@pytest.mark.parametrize("family", ["resnet", "resnet-bn", "resnet-in-block", "vit", "vit-depth"])
+@pytest.mark.parametrize("family", FAMILIES_WITH_COUNTS)
 def test_params_of_a_route_are_those_of_its_unfolded_plain_network(families, family):
     net = families[family]().eval()
     for route in paths(net):
@@ -168,7 +176,41 @@ def test_params_of_a_route_are_those_of_its_unfolded_plain_network(families, fam
         assert total == net.active_params(route)
 
 
-@pytest.mark.parametrize("family", ["resnet", "resnet-bn", "resnet-in-block", "vit", "vit-depth"])
+def test_gates_in_front_of_some_stages(families, randomize, images_of):
+    """Two gates of three stages; the first stage then is part of the front."""
+    net = randomize(families["resnet"](gates=(1, 2)))
+    assert (net.num_gates, net.segments) == (2, [[1], [2]])
+    assert [len(widths) for widths in net.mid_widths] == [1, 4, 4]
+    x = images_of(net)
+    output = net(x, noise=scattering_noise(net, x))
+    for n, path in enumerate(output.routes.tolist()):
+        close(output.logits[n : n + 1], net(x[n : n + 1], route=tuple(path)))
+    alone = randomize(families["resnet"](gates=(0,)))
+    assert (alone.num_gates, alone.segments) == (1, [[0, 1, 2]])
+    for gates in (2, (), (2, 1), (0, 3), (-1,)):
+        with pytest.raises(UserError, match="gates must be 1, 3"):
+            families["resnet"](gates=gates)
+
+
+def test_a_program_that_was_traced_leaves_no_trace(families, randomize, images_of):
+    net = randomize(families["cnn"](stage_widths=((4, 8), (4, 8)), gate_outputs=2))
+    x = images_of(net)
+    with pytest.raises(Exception, match=""):  # noqa: PT011 (data-dependent: torch refuses it)
+        torch.export.export(net, (x,))
+    assert torch.equal(net(x).routes, net(x).routes)
+
+
+def test_plain_parts_leave_their_input_alone(net, images):
+    x = net.materialize_front()(images)[0]
+    for gate in range(net.num_gates):
+        entered = net.materialize_enter(gate, 3 if gate else None, 3)(x)
+        before = entered.clone()
+        outputs = net.materialize_stage(gate, 3)(entered)
+        assert torch.equal(entered, before)
+        x = outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_COUNTS)
 def test_costs_are_what_a_counter_sees(families, family):
     """PyTorch's own counter, two operations a multiplication, on the plain networks."""
     net = families[family]().eval()

@@ -24,12 +24,15 @@ def test_recalibrated_statistics_are_the_mean_over_batches(net):
 
     counters = {k: v.clone() for k, v in net.state_dict().items() if v.dtype == torch.int64}
     hooks = [bn.register_forward_pre_hook(record) for bn in names]
-    assert recalibrate(net, batches) == 3
+    assert recalibrate(net, batches) == (3 if names else 0)
     for hook in hooks:
         hook.remove()
     assert not net.training
     for bn, name in names.items():
         for width, layer in zip(bn.widths, bn.aux_bn, strict=True):
+            if f"{name}.{width}" not in seen:  # behind one gate in the block only two are in use
+                assert getattr(net, "gate_position", "stage") == "in_block"
+                continue
             values = seen[f"{name}.{width}"]
             first = values[:: len(values) // 3]  # later visits of a batch do not count
             mean = torch.stack(first).mean(0)
@@ -39,8 +42,9 @@ def test_recalibrated_statistics_are_the_mean_over_batches(net):
     for key, value in counters.items():
         assert torch.equal(net.state_dict()[key], value)
     check_statistics(net, [*range(net.num_routes), "largest"])
-    with pytest.raises(UserError, match="at least one batch"):
-        recalibrate(net, [])
+    if names:
+        with pytest.raises(UserError, match="at least one batch"):
+            recalibrate(net, [])
 
 
 def test_routes_that_are_left_out_keep_their_statistics(net):

@@ -34,11 +34,11 @@ class RouteTable:
         hard: the generator's difficulty flag, where there is one.
 
     With several gates the routes are those that all gates agree on, `gate_input` and `scores` are
-    what the gates read and think on one path, and what they decide is a matter of running them
-    (`sweep`): a decision depends on those before it.
+    what the gates read and think on one path (the first of several), and what they decide is a
+    matter of running them (`sweep`): a decision depends on those before it.
     """
 
-    gate_input: Float[Tensor, "images hidden"]
+    gate_input: Float[Tensor, "images ... hidden"]
     scores: Float[Tensor, "images ... routes"]
     logits: Float[Tensor, "images routes classes"]
     labels: Int[Tensor, " images"]
@@ -85,8 +85,8 @@ def collect(
         net: run in eval mode, and left so.
         batches: objects with `image`, `label` and (may be None) `hard`.
         size: image side for the costs; that of the images where None.
-        upstream: with several gates, the paths on which their inputs are read: the table has a row
-            for each image and path. The widest path where None.
+        upstream: with several gates, the paths on which their inputs are read; `gate_input` then
+            is (images, paths, hidden). Where None, the widest path alone, without that dimension.
 
     Raises:
         UserError: no images, logits that are not finite (names the image), or statistics that
@@ -105,12 +105,12 @@ def collect(
         logits = torch.stack([net.rest(front.features, k) for k in net.routing_space], 1)
         with naming_images(range(seen, seen + len(image))):
             check_finite(logits)
-        for path in paths:
-            columns["input"].append(upstream_inputs(net, *front, path).cpu())
-            columns["logits"].append(logits.cpu())
-            columns["label"].append(batch.label.cpu())
-            if batch.hard is not None:
-                columns["hard"].append(batch.hard.cpu())
+        inputs = [upstream_inputs(net, *front, path).cpu() for path in paths]
+        columns["input"].append(inputs[0] if upstream is None else torch.stack(inputs, 1))
+        columns["logits"].append(logits.cpu())
+        columns["label"].append(batch.label.cpu())
+        if batch.hard is not None:
+            columns["hard"].append(batch.hard.cpu())
         seen += len(image)
     if not seen:
         raise UserError("there are no images to evaluate on")
@@ -133,7 +133,8 @@ def with_gate(table: RouteTable, net: DynamicNet) -> RouteTable:
 @torch.no_grad()
 def _scores(net: DynamicNet, gate_input: Tensor) -> Tensor:
     device = next(net.parameters()).device
-    return net.scores(net.all_gate_logits(gate_input.to(device))).cpu()
+    one = gate_input if gate_input.ndim == 2 else gate_input[:, 0]
+    return net.scores(net.all_gate_logits(one.to(device))).cpu()
 
 
 def restrict(table: RouteTable, positions: Sequence[int]) -> RouteTable:

@@ -62,7 +62,8 @@ class Part:
     def name(self) -> str:
         """What its files are called."""
         keys = [key for key in (self.gate, self.before, self.route) if key is not None]
-        return "_".join(map(str, [self.kind, *keys]))
+        names = ["-".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in keys]
+        return "_".join([self.kind, *names])
 
     @property
     def ports(self) -> tuple[str, tuple[str, ...]]:
@@ -159,8 +160,8 @@ def export_routes(
     Args:
         net: a network with measured statistics; it is not changed.
         folder: made if need be; its manifest is written last, when every file has passed.
-        routes: "all" for every route index; one route; or a list, "largest" allowed (it has a
-            front of its own, and comes as a whole sub-network only).
+        routes: "all" for every route index; one route; or a list, "largest" and paths of several
+            gates allowed (as whole sub-networks only).
         formats: keys of `SUFFIXES`.
         image_size: image side of programs and ONNX graphs; the network's own where None.
         batch: "dynamic", or a fixed batch size.
@@ -202,7 +203,10 @@ def export_routes(
 def _check_routes(net: DynamicNet, routes: RouteLike | Sequence[RouteLike]) -> list[RouteLike]:
     if routes == "all":
         return list(range(net.num_routes))
-    chosen = [routes] if isinstance(routes, int | str) else list(routes)
+    alone = isinstance(routes, int | str)
+    # a tuple of as many indices as there are gates is one path
+    path = isinstance(routes, tuple) and len(routes) == net.num_gates > 1
+    chosen: list[RouteLike] = [routes] if alone or path else list(routes)  # pyright: ignore[reportAssignmentType, reportArgumentType]
     if not chosen:
         raise UserError("there are no routes to export")
     return list(dict.fromkeys(net.check_route(route) for route in chosen))
@@ -332,8 +336,9 @@ def _manifest(plan: _Plan, preprocessing: Mapping[str, object] | None) -> dict[s
         "num_gates": net.num_gates,
         "gate": net.gate_state() | {"gate_trained": net.gate_trained},
         "decision": "route = routing_space[argmax_k(score_k - tau * madds_k / madds_last)], "
-        "score = sigmoid(gate_logits) for gate_score 'probability', else gate_logits",
-        "space_madds": dict(zip(map(str, space), net.space_madds(), strict=True)),
+        "score = sigmoid(gate_logits) for gate_score 'probability', else gate_logits; "
+        "every gate takes these same prices",
+        "space_madds": dict(zip(map(str, space), net.space_madds(plan.size), strict=True)),
         "image": {
             "shape": [plan.batch or "batch", net.in_channels, plan.size, plan.size],
             "dtype": "float32",
@@ -375,7 +380,7 @@ def load_exported(folder: str | Path, part: RouteLike = "front", format: str = "
         UserError: no such part or format.
     """
     folder, manifest = Path(folder), read_manifest(folder)
-    name = f"route_{part}" if isinstance(part, int) or part == LARGEST else part
+    name = Part("route", part).name if not isinstance(part, str) or part == LARGEST else part
     entries = {entry["name"]: entry for entry in manifest["parts"]}
     if name not in entries or format not in entries[name]["files"]:
         raise UserError(
@@ -385,6 +390,8 @@ def load_exported(folder: str | Path, part: RouteLike = "front", format: str = "
         )
     entry = entries[name]
     keys = {key: entry.get(key) for key in ("kind", "route", "gate", "before")}
+    if isinstance(keys["route"], list):  # JSON has no tuples
+        keys["route"] = tuple(keys["route"])
     described = Part(**keys, last=bool(entry.get("last")))
     return _open(folder / entry["files"][format], format, manifest, described)
 

@@ -72,19 +72,19 @@ class GraphedNetwork:
         layout = torch.contiguous_format
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
-        return torch.zeros((size, *x.shape[1:]), dtype=x.dtype, device=x.device).contiguous(
-            memory_format=layout
-        )
+        with torch.inference_mode(False):  # so that any mode may write to it later
+            zeros = torch.zeros((size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+            return zeros.contiguous(memory_format=layout)
 
     def capture(self, inputs: Tensor) -> Captured:
         """Records a run on `inputs`, after a few that let libraries choose their algorithms."""
-        aside = torch.cuda.Stream(inputs.device)
-        aside.wait_stream(torch.cuda.current_stream(inputs.device))
-        with torch.cuda.stream(aside), torch.no_grad():
-            for _ in range(3):
-                self.network(inputs)
-        torch.cuda.current_stream(inputs.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool), torch.no_grad():
-            outputs = self.network(inputs)
+        with torch.cuda.device(inputs.device), torch.inference_mode(False), torch.no_grad():
+            aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(3):
+                    self.network(inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs = self.network(inputs)
         return Captured(graph.replay, inputs, outputs)

@@ -29,8 +29,13 @@ class GateSample(NamedTuple):
 
 
 def gumbel_noise(logits: Float[Tensor, "batch routes"]) -> Float[Tensor, "batch routes"]:
-    """-log(Exp(1)) samples in the shape of `logits`."""
-    return -torch.empty_like(logits).exponential_().log()
+    """-log(Exp(1)) samples in the shape of `logits`, never in half precision: Exp(1) could be 0."""
+    return -torch.empty_like(logits, dtype=full_precision(logits.dtype)).exponential_().log()
+
+
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """float32 in the place of the half precisions."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def gumbel_gate(
@@ -149,11 +154,13 @@ def complexity(
         scale: MAdds that count as 1; the widest path's where None.
     """
     costs = torch.as_tensor(madds, dtype=torch.float64)
-    costs = (costs / (scale or costs.flatten()[-1])).to(gate.device, gate.dtype)
-    first, *others = gate.unbind(1) if gate.ndim == 3 else (gate,)
-    expected = torch.einsum("nk,k...->n...", first, costs)
-    for choice in others:
-        expected = torch.einsum("nk,nk...->n...", choice, expected)
+    wide = gate.to(full_precision(gate.dtype))
+    costs = (costs / (scale or costs.flatten()[-1])).to(gate.device, wide.dtype)
+    first, *others = wide.unbind(1) if gate.ndim == 3 else (wide,)
+    with torch.autocast(gate.device.type, enabled=False):
+        expected = torch.einsum("nk,k...->n...", first, costs)
+        for choice in others:
+            expected = torch.einsum("nk,nk...->n...", choice, expected)
     return expected.mean().square()
 
 

@@ -28,12 +28,14 @@ def recalibrate(
         routes: routes to measure, all where None.
 
     Returns:
-        The number of batches.
+        The number of batches; 0 for a network without batch norms, which has nothing to measure.
 
     Raises:
         UserError: there was no batch.
     """
     norms = [layer for layer in net.modules() if isinstance(layer, SwitchableBN)]
+    if not norms:
+        return 0
     sets: list[torch.nn.BatchNorm2d] = [bn for layer in norms for bn in layer.aux_bn]  # pyright: ignore[reportAssignmentType]
     momenta = [bn.momentum for bn in sets]
 

@@ -106,8 +106,8 @@ class DynamicRunner:
             memory_format: of images, features and weights.
             share_storage: linear layers stay views of the model's weights, which saves memory and
                 costs nothing; convolutions are copied.
-            dtype: of weights and activations, such as torch.bfloat16; the model's where None. Gate
-                decisions and class logits are float32 all the same.
+            dtype: of weights and activations, such as torch.bfloat16; the model's where None. The
+                decisions' arithmetic and the class logits are float32 all the same.
             graphs: run as CUDA graphs; where None, on a GPU unless `compile` does so itself.
 
         Raises:
@@ -128,7 +128,8 @@ class DynamicRunner:
         self.compile, self.share_storage = compile, share_storage
         self.pool = None
         if (on_gpu and not compile) if graphs is None else graphs:
-            self.pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.device(parameter.device):
+                self.pool = torch.cuda.graph_pool_handle()
         self.front = ChunkedFront(self._ready(model.materialize_front()))
         self.parts: dict[tuple[str, int, int | None, int], Any] = {}
         for gate in range(model.num_gates):
@@ -189,7 +190,7 @@ class DynamicRunner:
         host = torch.empty(choice.shape, dtype=choice.dtype, pin_memory=True)
         host.copy_(choice, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(choice.device))
         return _Launched(features, gate_logits, host, arrived, x.shape[-1])
 
     def _finish(self, launched: "_Launched") -> DynamicOutput:

@@ -101,13 +101,25 @@ class CachedRoutes(DataModule):
     """Stage-II data computed once: what the gate reads and what every route answers."""
 
     def __init__(self, table: RouteTable, batch_size: int, seed: int) -> None:
-        """Serves the rows of `table` in training batches."""
+        """Serves the rows of `table` in training batches.
+
+        Where gates were read on several paths, each draw of an image takes one at random.
+        """
         super().__init__(batch_size=batch_size, seed=seed)
-        self.items = TensorItems(GateBatch(table.gate_input, table.logits, table.labels))
+        fields = GateBatch(table.gate_input, table.logits, table.labels)
+        several = table.gate_input.ndim == 3
+        self.items = TensorItems(fields, _one_path if several else None, seed)
 
     def train_dataset(self) -> TensorItems:
         """All rows."""
         return self.items
+
+
+def _one_path(batch: GateBatch, generator: torch.Generator) -> GateBatch:
+    """What the gates read on one of the paths, another for each image."""
+    count, paths, _ = batch.gate_input.shape
+    chosen = torch.randint(paths, (count,), generator=generator)
+    return batch._replace(gate_input=batch.gate_input[torch.arange(count), chosen])
 
 
 def cache_routes(

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from ds_net_plus.checkpoint import DATA, Saved, read_checkpoint
 from ds_net_plus.convert import check_finite_weights
 from ds_net_plus.data import ImageData
-from ds_net_plus.model import DynamicNet
+from ds_net_plus.model import LARGEST, DynamicNet, RouteLike
 from ds_net_plus.module.base import check_data
 from tenfold.cli import short_parse_error
 from tenfold.device import pick_device
@@ -85,6 +85,23 @@ def at_least(least: int | float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+
+
+def parse_routes(net: DynamicNet, text: str, option: str) -> list[RouteLike]:
+    """Routes with commas between them: indices, "largest", and paths of several gates as 0-2-1-3.
+
+    Raises:
+        UserError: anything else, or a route that does not exist.
+    """
+    routes: list[RouteLike] = []
+    for part in text.strip("[]").split(","):
+        name = part.strip()
+        if name == LARGEST:
+            routes.append(LARGEST)
+            continue
+        path = parse_numbers(name.replace("-", ","), int, option)
+        routes.append(net.check_route(tuple(path) if len(path) > 1 else path[0]))
+    return routes
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from ds_net_plus.checkpoint import DATA, STUDENT, TEACHER, Saved
-from ds_net_plus.commands.common import at_least, beside, open_network, parse_numbers
+from ds_net_plus.commands.common import at_least, beside, open_network, parse_numbers, parse_routes
 from ds_net_plus.commands.pretrained import PREFIX, convert_timm
 from ds_net_plus.commands.stages import write
 from ds_net_plus.convert import convert_official, parity_check
 from ds_net_plus.data import normalisation, write_cifar10, write_parquet, write_voc
 from ds_net_plus.export import export_routes
+from ds_net_plus.model import RouteLike
 from ds_net_plus.scenes import SCENE_CLASSES
 from tenfold.checkpoint import load_state
 from tenfold.errors import UserError
@@ -77,9 +78,9 @@ def export(
     """
     at_least(1, image_size=image_size)
     _, net = open_network(ckpt, weights)
-    routes: str | list[int | str] = route
+    routes: str | list[RouteLike] = route
     if route != "all":
-        routes = [int(r) if r.strip().isdigit() else r.strip() for r in route.split(",")]
+        routes = parse_routes(net, route, "--route")
     mean, std = normalisation(net.in_channels)
     done = export_routes(
         net,

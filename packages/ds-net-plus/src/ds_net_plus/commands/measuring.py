@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_net_plus.commands.common import at_least, open_data, open_network, parse_numbers
+from ds_net_plus.commands.common import (
+    at_least,
+    open_data,
+    open_network,
+    parse_numbers,
+    parse_routes,
+)
 from ds_net_plus.evaluate import collect
 from ds_net_plus.measure import (
     RouteProfile,
@@ -55,7 +61,7 @@ def profile(
     net = measured_net(model, ckpt, device)
     place = next(net.parameters())
     setting = {"device": str(place.device), "dtype": str(place.dtype).removeprefix("torch.")}
-    wanted = range(net.num_routes) if routes == "all" else parse_numbers(routes, int, "--routes")
+    wanted = range(net.num_routes) if routes == "all" else parse_routes(net, routes, "--routes")
     with set_threads(threads):
         setting["threads"] = str(torch.get_num_threads())
         rows = profile_routes(
@@ -222,20 +228,21 @@ def benchmark(
 def observed_choice(
     net: DynamicNet, ckpt: Path | None, batch: int, tau: float, data: dict[str, Any] | None
 ) -> torch.Tensor:
-    """The gate's choices on the first test images, as positions in the routing space."""
+    """The gates' choices on the first test images: (batch, gates) positions in the space."""
     if ckpt is None:
         raise UserError("observed choices need a trained network", fix="give --ckpt, or --mix")
     saved, _ = open_network(ckpt, "ema")
     runner = DynamicRunner(net, tau=tau)
     device = next(net.parameters()).device
-    chosen: list[int] = []
+    chosen: list[list[int]] = []
     for images in open_data(saved, data).test_loader():
-        chosen += runner(images.image.to(device)).routes[:, 0].tolist()
+        chosen += runner(images.image.to(device)).routes.tolist()
         if len(chosen) >= batch:
             break
     if len(chosen) < batch:
         raise UserError(f"only {len(chosen)} test images for a batch of {batch}")
-    return torch.tensor([net.routing_space.index(route) for route in chosen[:batch]])
+    position = {route: j for j, route in enumerate(net.routing_space)}
+    return torch.tensor([[position[route] for route in path] for path in chosen[:batch]])
 
 
 def compare_execution(

@@ -69,7 +69,8 @@ def recalibrate(
         place = next(net.parameters()).device
         images = (x.to(place) for x in training_images(source, batches))
         used = measure_statistics(net, images, chosen)
-        print(f"{name}: {net.num_routes if chosen is None else len(chosen)} routes, {used} batches")
+        count = net.num_routes if chosen is None else len(chosen)
+        print(f"{name}: {count} routes, {used} batches" if used else f"{name}: no batch norms")
     print(f"wrote {write(out or beside(ckpt, 'recalibrated'), saved)}")
 
 
@@ -146,6 +147,11 @@ def train_gate(
     if cache and estimator == "mask" and gate_loss == "sgs":
         raise UserError(
             "the mask estimator runs the network in every step", fix="add --cache false"
+        )
+    if cache and gate_loss == "sgs" and net.num_gates > 1:
+        raise UserError(
+            "the paper's loss with several gates runs the network in every step",
+            fix="add --cache false, or take --gate-loss value",
         )
     if cache:
         table = cache_routes(net, source.gate_loader(), "running every route once", True, seed)
@@ -317,7 +323,9 @@ def tau_for_time(
             f"target {target:g} ms lies outside what the routes can do",
             fix=f"choose a target from {min(ms):g} to {max(ms):g}",
         )
-    return tau_for_madds(net, table, batches, float(np.interp(target, ms, table.madds)))
+    return tau_for_madds(
+        net, table, batches, float(np.interp(target, np.maximum.accumulate(ms), table.madds))
+    )
 
 
 def net_accelerator(net: DynamicNet) -> str:

@@ -130,7 +130,7 @@ def build(
         "attention": "tanh1p",
         "in_channels": _colours(model),
         "image_size": config.get("input_size", (3, 224, 224))[-1],
-        "gate_outputs": min(4, len(rhos)),
+        "gate_outputs": max(2, min(4, len(rhos))),
     }
     name = _NAMES.get(depths, "ds_resnet50")
     if gates == 1 and name == "ds_resnet50":

@@ -127,7 +127,7 @@ def build(
         "patch_size": model.patch_embed.patch_size[0],
         "in_channels": _colours(model),
         "image_size": model.patch_embed.img_size[0],
-        "gate_outputs": min(4, len(routes)),
+        "gate_outputs": max(2, min(4, len(routes))),
     }
     net = create_model(_NAMES.get(size.features, "ds_vit_small"), **{**arguments, **overrides})
     assert isinstance(net, DSViT)

@@ -101,8 +101,16 @@ class MultiHeadGate(nn.Module):
         """The attention head with its expansion masked before the nonlinearity."""
         return self.rescale(x, self.excite(self.squeeze(x), x.shape[1]) * mask)
 
-    def materialize(self, channels: int, slimming: bool = False) -> "PlainGate":
-        """The gate of one width, as two plain linear layers (three with the slimming head)."""
+    def materialize(
+        self, channels: int, slimming: bool = False, inplace: bool = True
+    ) -> "PlainGate":
+        """The gate of one width, as two plain linear layers (three with the slimming head).
+
+        Args:
+            channels: the width.
+            slimming: with the slimming head.
+            inplace: whether the plain gate may overwrite its input.
+        """
         layers = [
             _linear(self.conv_reduce.weight[:, :channels, 0, 0], self.conv_reduce.bias),
             _linear(
@@ -112,7 +120,7 @@ class MultiHeadGate(nn.Module):
         ]
         if slimming:
             layers.append(_linear(self._head()[:, :, 0, 0], None))
-        return PlainGate(layers, self.attention)
+        return PlainGate(layers, self.attention, inplace)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -130,14 +138,16 @@ def _attention(excitation: Tensor, kind: str) -> Tensor:
 class PlainGate(nn.Module):
     """`MultiHeadGate` at one width; with three layers it also returns the route logits."""
 
-    def __init__(self, layers: Sequence[nn.Linear], attention: str) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], attention: str, inplace: bool = True) -> None:
         """Takes the reduce, expand and (for a gate block) slimming layers."""
         super().__init__()
+        self.inplace = inplace
         self.layers = nn.ModuleList(layers)
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """X', or (X', route logits) where the slimming head is present."""
         hidden = F.relu(self.layers[0](x.mean((2, 3))))
-        y = x.mul_(_attention(self.layers[1](hidden), self.attention)[:, :, None, None])
+        attention = _attention(self.layers[1](hidden), self.attention)[:, :, None, None]
+        y = x.mul_(attention) if self.inplace else x * attention
         return (y, self.layers[2](hidden)) if len(self.layers) == 3 else y

@@ -87,8 +87,10 @@ class SwitchableBN(nn.Module):
         variance and mask.
         """
         sets = [self.statistics(width) for width in widths]
-        mean = gate @ torch.stack([_pad(bn.running_mean, widths[-1]) for bn in sets])
-        var = gate @ torch.stack([_pad(bn.running_var, widths[-1]) for bn in sets])
+        means = torch.stack([_pad(bn.running_mean, widths[-1]) for bn in sets])
+        vars_ = torch.stack([_pad(bn.running_var, widths[-1]) for bn in sets])
+        with torch.autocast(x.device.type, enabled=False):  # statistics in full precision
+            mean, var = gate.to(means.dtype) @ means, gate.to(means.dtype) @ vars_
         scale, shift = self.affine(widths[-1])
         gain = scale * torch.rsqrt(var + BN_EPS)
         y = x * gain[:, :, None, None] + (shift - mean * gain)[:, :, None, None]

@@ -11,9 +11,8 @@ _COUNTS = {  # the least value of whole numbers
     "num_classes": 0,
     "in_channels": 1,
     "image_size": 1,
-    "gate_outputs": 2,
+    "gate_outputs": 0,  # `default_space` asks for more, once the routes are known
     "gate_hidden": 0,
-    "gates": 1,
     "gate_stage": 0,
     "stem_stride": 1,
     "stem_width": 1,

@@ -404,8 +404,9 @@ class DynamicNet(TimmFace, HubFace):
         """`decide` before its transfer: on the device, -1 for logits that are not finite."""
         scores = self.scores(gate_logits)
         if routes is not None and tuple(routes) != self.routing_space:
-            forbidden = [j for j, route in enumerate(self.routing_space) if route not in routes]
-            scores = scores.index_fill(1, torch.tensor(forbidden, device=scores.device), -math.inf)
+            allowed = [0.0 if route in routes else -math.inf for route in self.routing_space]
+            penalty = torch.tensor(allowed, dtype=scores.dtype)
+            scores = scores + penalty.to(scores.device, non_blocking=True)
         choice = choose_routes(scores, self.space_madds(size), tau)
         return torch.where(gate_logits.isfinite().all(1), choice, -1)
 
@@ -445,7 +446,8 @@ class DynamicNet(TimmFace, HubFace):
         if not len(positions):
             logits = features.new_empty((0, self.num_classes))
         routes, costs = self._chosen(positions, size)
-        return DynamicOutput(logits, routes.to(logits.device), costs.to(logits.device))
+        there = {"device": logits.device, "non_blocking": True}  # or the device would be waited for
+        return DynamicOutput(logits, routes.to(**there), costs.to(**there))
 
     def run_stage(
         self, x: Tensor, gate: int, route: int, index: Tensor, maps: Maps | None = None
@@ -586,12 +588,12 @@ def default_space(num_routes: int, outputs: int) -> tuple[int, ...]:
     """Evenly spaced routes from the first to the last, one for each gate output.
 
     Raises:
-        UserError: fewer routes than outputs.
+        UserError: fewer than two outputs, or more than there are routes.
     """
-    if outputs > num_routes:
+    if not 2 <= outputs <= num_routes:
         raise UserError(
             f"the slimming head has {outputs} outputs, the network {num_routes} routes",
-            fix=f"give gate_outputs from 2 to {num_routes}",
+            fix="give gate_outputs from 2 to the number of routes",
         )
     return tuple(j * (num_routes - 1) // max(outputs - 1, 1) for j in range(outputs))
 

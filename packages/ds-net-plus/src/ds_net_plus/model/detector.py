@@ -251,6 +251,8 @@ class Detector(nn.Module):
             UserError: no such route, an untrained gate, or an image that is not finite.
         """
         features = self.net.features(x, route=route, levels=self.levels, tau=tau)
+        if not len(x):  # torchvision's head takes no empty batch
+            return Detections([], features.routes, features.madds)
         outputs, anchors = self._heads(x, features.maps)
         check_finite(outputs["cls_logits"])
         shapes = [(x.shape[-2], x.shape[-1])] * len(x)

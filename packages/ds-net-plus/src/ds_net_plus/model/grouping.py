@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tenfold.errors import UserError
 
@@ -33,7 +34,11 @@ def choose_routes(
     """
     if not math.isfinite(tau):
         raise UserError(f"tau must be a finite number, got {tau}")
-    return (scores - tau * _prices(tuple(madds), scores.device, scores.dtype)).argmax(1)
+    kept = (tuple(madds), scores.device, scores.dtype)
+    # a tensor made while a program is traced must not outlive it
+    traced = torch.compiler.is_compiling() or isinstance(scores, FakeTensor)
+    price = _prices.__wrapped__(*kept) if traced else _prices(*kept)
+    return (scores - tau * price).argmax(1)
 
 
 @cache

@@ -1,6 +1,7 @@
 """DS-ResNet: bottleneck ResNets whose stages are slimmed per image, a gate for each of them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ STEMS = ("imagenet", "small")
 
 
 class DSResNet(DynamicNet):
-    """Bottleneck ResNet with a gate in front of every stage, or one gate behind the first stage.
+    """Bottleneck ResNet with a gate in front of every stage, of some, or one behind the first.
 
     Each gate sets the width of what follows up to the next one: middle width rho * base, four times
     as many outputs. With group norm of fixed group size (the default of several gates) weights
@@ -49,7 +50,7 @@ class DSResNet(DynamicNet):
         depths: Sequence[int] = (3, 4, 6, 3),
         base_widths: Sequence[int] = (64, 128, 256, 512),
         rhos: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-        gates: int = 4,
+        gates: int | Sequence[int] = 4,
         norm: str | None = None,
         group_size: int = 16,
         gate_position: str = "stage",
@@ -69,11 +70,12 @@ class DSResNet(DynamicNet):
             depths: blocks of every stage.
             base_widths: middle width of every stage at rho 1.
             rhos: ascending slimming ratios, the same for every stage.
-            gates: one for each stage, or 1.
+            gates: one for each stage, or 1 (behind the first stage), or the stages that have a gate
+                in front of them, such as (1, 3); stages before the first gate have one width.
             norm: "gn" or "bn"; "gn" with several gates and "bn" with one where None.
             group_size: channels of a group of "gn".
             gate_position: "stage" or "in_block".
-            front_rho: of the first stage, where `gates` is 1 and it is fixed.
+            front_rho: of the stages in front of the first gate.
             stem: "imagenet" (7x7 of stride 2 and a pool of stride 2) or "small" (3x3, stride 1).
             stem_width: channels of the stem.
             gate_outputs: routes among which every gate chooses.
@@ -90,22 +92,23 @@ class DSResNet(DynamicNet):
         super().__init__()
         self.config = plain_arguments(config)
         self.name = "ds_resnet50"
-        _check_options(depths, base_widths, rhos, gates, norm, gate_position, stem)
+        _check_options(depths, base_widths, rhos, norm, gate_position, stem)
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
-        self.num_routes, self.num_gates, self.gate_outputs = len(rhos), gates, gate_outputs
+        starts = _gated_stages(gates, len(depths))
+        self.num_routes, self.num_gates, self.gate_outputs = len(rhos), len(starts), gate_outputs
         self.gate_position, self.stem_width, self.small = gate_position, stem_width, stem == "small"
         self.mid_widths = tuple(
             check_widths(
-                _slimmed(base, (front_rho,) if gates == 1 and s == 0 else rhos),
+                _slimmed(base, (front_rho,) if s < starts[0] else rhos),
                 f"middle widths of stage {s}",
             )
             for s, base in enumerate(base_widths)
         )
         # stages behind each gate; those in front of the first one have one width
-        stages = range(len(depths))
-        self.segments = [[s] for s in stages] if gates > 1 else [list(stages[1:])]
+        ends = (*starts[1:], len(depths))
+        self.segments = [list(range(a, b)) for a, b in zip(starts, ends, strict=True)]
 
-        kind = norm or ("gn" if gates > 1 else "bn")
+        kind = norm or ("gn" if len(starts) > 1 else "bn")
         self.conv1 = DSConv2d(in_channels, stem_width, *((3, 1) if self.small else (7, 2)))
         self.bn1 = make_norm((stem_width,), kind, group_size)
         self.stages = nn.ModuleList(
@@ -124,7 +127,7 @@ class DSResNet(DynamicNet):
         )
         self.gates = nn.ModuleList(
             MultiHeadGate(self._gate_widths(g)[-1], gate_outputs, squeeze_ratio, attention)
-            for g in range(gates)
+            for g in range(len(starts))
         )
         self.classifier = make_classifier(self._out_widths(len(depths) - 1)[-1], num_classes)
         self.routing_space = default_space(self.num_routes, gate_outputs)
@@ -354,7 +357,7 @@ class DSResNet(DynamicNet):
                 inner = before if gated and self.gate_position == "in_block" else k
                 in_ = self._in(s, before) if j == 0 else EXPANSION * self._mid(s, k)
                 walk.append((block, in_, self._mid(s, inner), self._mid(s, k)))
-            before = k
+            before = k if s in index else before
         return walk
 
     def madds(self, route: RouteLike, size: int | None = None) -> int:
@@ -392,11 +395,12 @@ class DSResNet(DynamicNet):
         layers.append(self._plain_gate(0, self.num_routes - 1 if largest else 0, fold_bn))
         return nn.Sequential(*layers).eval()
 
-    def _plain_gate(self, gate: int, before: int, fold_bn: bool) -> nn.Module:
+    def _plain_gate(self, gate: int, before: int, fold_bn: bool, own: bool = True) -> nn.Module:
+        """The gate; `own`: its input is nobody else's, so that it may be overwritten."""
         s, block = self._first(gate)
         head: MultiHeadGate = self.gates[gate]  # pyright: ignore[reportAssignmentType]
         if self.gate_position == "stage":
-            return head.materialize(self._in(s, before), slimming=True)
+            return head.materialize(self._in(s, before), slimming=True, inplace=own)
         mid = self._mid(s, before)
         inner = block.materialize_inner(self._in(s, before), mid, fold_bn)
         return PlainInBlockGate(inner, head.materialize(mid, slimming=True), block.stride)
@@ -426,7 +430,7 @@ class DSResNet(DynamicNet):
                     in_ = self._in(s, route) if n == 0 else EXPANSION * mid
                     layers.append(block.materialize(in_, mid, fold_bn))
         if gate + 1 < self.num_gates:
-            layers.append(self._plain_gate(gate + 1, route, fold_bn))
+            layers.append(self._plain_gate(gate + 1, route, fold_bn, own=bool(layers)))
         else:
             width = EXPANSION * self._mid(len(self.stages) - 1, route)
             head = self.classifier.materialize(width, share_storage)
@@ -455,11 +459,23 @@ def _pad(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, width - x.shape[1]))
 
 
+def _gated_stages(gates: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    """The stages in front of which gates sit."""
+    known: dict[int, tuple[int, ...]] = {stages: tuple(range(stages)), 1: (1,)}
+    starts = known.get(gates, ()) if isinstance(gates, int) else tuple(gates)
+    whole = all(isinstance(s, int) and 0 <= s < stages for s in starts)
+    if not starts or not whole or any(low >= high for low, high in pairwise(starts)):
+        raise UserError(
+            f"gates must be 1, {stages} (one for each stage), or ascending stages of "
+            f"0..{stages - 1}, got {gates}"
+        )
+    return starts
+
+
 def _check_options(
     depths: Sequence[int],
     base_widths: Sequence[int],
     rhos: Sequence[float],
-    gates: int,
     norm: str | None,
     gate_position: str,
     stem: str,
@@ -469,8 +485,6 @@ def _check_options(
             f"depths {list(depths)} and base_widths {list(base_widths)} must give two or more "
             "stages a block"
         )
-    if gates not in (1, len(depths)):
-        raise UserError(f"gates must be 1 or {len(depths)}, one for each stage, got {gates}")
     if len(rhos) < 2:
         raise UserError("there must be two rhos or more, or there is nothing to choose")
     for name, value, allowed in (

@@ -164,8 +164,9 @@ class DSViT(DynamicNet):
         first = self.front_widths
         pixels = self.embedding.pixels(x) if self.widening else None
         x = self.embedding(x, first.features)
-        for block in self.front_layers:
-            x = block(x, first.heads, first.hidden)
+        for j, block in enumerate(self.front_layers):
+            keep = self._keep(x, j) if self.training and largest else None
+            x = block(x, first.heads, first.hidden, keep)
         hidden = self.gate.squeeze(x)
         x = self.gate.rescale(x, hidden)
         return Front(x if pixels is None else torch.cat([x, pixels], 2), hidden)
@@ -189,7 +190,7 @@ class DSViT(DynamicNet):
         x = self._entered(features, width.features)
         drop = self.training and route == LARGEST
         for j, block in enumerate(self.blocks[: width.blocks]):
-            keep = self._keep(x, j) if drop else None
+            keep = self._keep(x, len(self.front_layers) + j) if drop else None
             x = block(x, width.heads, width.hidden, keep)
         if maps is not None:
             y = self.norm(x).transpose(1, 2)
@@ -197,9 +198,8 @@ class DSViT(DynamicNet):
         return self.classifier(self.norm(x[:, 0]))
 
     def _keep(self, x: Tensor, j: int) -> Tensor:
-        """Stochastic depth, rising linearly from the front's first block to the last one."""
-        before, after = len(self.front_layers), len(self.blocks)
-        share = 1 - self.drop_path * (before + j) / max(before + after - 1, 1)
+        """Stochastic depth of the j-th block, rising linearly from none in the first one."""
+        share = 1 - self.drop_path * j / max(len(self.front_layers) + len(self.blocks) - 1, 1)
         return x.new_empty(len(x), 1, 1).bernoulli_(share) / share
 
     def masked_rest(

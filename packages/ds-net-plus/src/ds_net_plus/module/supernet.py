@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from ds_net_plus.checkpoint import TEACHER, load_net
-from ds_net_plus.data import Batch
+from ds_net_plus.data import Batch, ImageData
 from ds_net_plus.model import DynamicNet, RouteLike, check_statistics
 from ds_net_plus.module.base import NetModule, check_numbers
 from ds_net_plus.steps import (
@@ -71,14 +72,12 @@ def external_teacher(name: str, net: DynamicNet) -> nn.Module:
         raise UserError(f"teacher {name!r} is none", fix="give timm:NAME or timm:NAME:FILE")
     if file and not file.endswith(".npz"):
         load_state(file)  # tells what is wrong with a file better than timm does
+    options: dict[str, Any] = {"in_chans": net.in_channels}
+    if file:  # holds a classifier for these classes; what is fetched has its own
+        options["num_classes"] = net.num_classes
     try:
         teacher = timm.create_model(
-            model,
-            pretrained=not file,
-            checkpoint_path=file or None,
-            in_chans=net.in_channels,
-            # a file holds a classifier for these classes; what is fetched has its own
-            **({"num_classes": net.num_classes} if file else {}),
+            model, pretrained=not file, checkpoint_path=file or None, **options
         )
     except Exception as error:  # timm, the hub and the network raise many kinds
         line = f"{type(error).__name__}, {str(error).partition(chr(10))[0]}".rstrip(", ")
@@ -93,6 +92,39 @@ def external_teacher(name: str, net: DynamicNet) -> nn.Module:
             where=name,
         )
     return teacher.requires_grad_(False).eval()
+
+
+class Renormalised(nn.Module):
+    """A classifier behind another normalisation than the images have."""
+
+    def __init__(
+        self, network: nn.Module, ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
+    ) -> None:
+        """Takes (mean, std) of the images and those that the network was trained with."""
+        super().__init__()
+        self.network = network
+        (mean, std), (mean_t, std_t) = (
+            [torch.tensor(v).view(-1, 1, 1) for v in pair] for pair in (ours, theirs)
+        )
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", std / std_t)
+        self.register_buffer("shift", (mean - mean_t) / std_t)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits."""
+        return self.network(x * self.scale + self.shift)
+
+
+def own_normalisation(
+    teacher: nn.Module, ours: tuple[Sequence[float], Sequence[float]] | None
+) -> nn.Module:
+    """The teacher for images normalised with `ours`, (mean, std), as far as both are known."""
+    config = getattr(teacher, "pretrained_cfg", None) or {}
+    theirs = tuple(tuple(config.get(key) or ()) for key in ("mean", "std"))
+    if ours is None or len(theirs[0]) != len(ours[0]) or theirs == tuple(map(tuple, ours)):
+        return teacher
+    return Renormalised(teacher, ours, theirs)
 
 
 def check_teacher(teacher: nn.Module, image: Tensor, name: str) -> None:
@@ -202,6 +234,7 @@ class SupernetModule(NetModule):
         self._external: list[nn.Module] = []  # in a list: no part of the checkpoint
         if init_from is not None:
             start_from(self.net, init_from)
+            self.hparams.update(init_from=None)  # the checkpoint of this run has all that came
         for parameter in self.net.gate_parameters():
             parameter.requires_grad_(False)
         self.net.gate_trained = False  # that is what Stage II is for
@@ -260,7 +293,10 @@ class SupernetModule(NetModule):
     def on_fit_start(self) -> None:
         """Fetches the external teacher, if there is one."""
         if self.hparams["teacher"] is not None and not self._external:
-            self._external.append(external_teacher(self.hparams["teacher"], self.net))
+            teacher = external_teacher(self.hparams["teacher"], self.net)
+            data = getattr(self.trainer, "datamodule", None)
+            ours = (data.mean, data.std) if isinstance(data, ImageData) else None
+            self._external.append(own_normalisation(teacher, ours))
         for teacher in self._external:
             teacher.to(self.device)
 

@@ -71,8 +71,8 @@ def comparison_rows(
     ]
     for i, point in enumerate(dynamic):
         ms = latency.points[i] if latency else None
-        rows.append(_row("dynamic", f"dynamic, tau {point.tau:.3f}", point, table, ms))
-    if dynamic:
+        rows.append(_row("dynamic", f"dynamic, tau {point.tau:.3g}", point, table, ms))
+    if dynamic and table.scores.ndim == 2:  # several gates mix paths, which the table has not
         shares = dynamic[headline_point(table, dynamic)].shares
         cost, expected = random_routing(table, shares)
         mixed = Point(0.0, expected, cost, shares)
