@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ds_net_plus.convert import relative_deviation
 from ds_net_plus.model import DynamicNet, check_statistics, create_model
-from ds_net_plus.model.base import LARGEST, RouteLike
+from ds_net_plus.model.routes import LARGEST, RouteLike
 from tenfold.checkpoint import atomic_file, load_state
 from tenfold.errors import UserError
 

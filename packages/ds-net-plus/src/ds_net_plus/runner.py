@@ -17,8 +17,8 @@ from ds_net_plus.model import (
     RouteLike,
     check_statistics,
 )
-from ds_net_plus.model.base import check_choice
 from ds_net_plus.model.grouping import Decide
+from ds_net_plus.model.routes import check_choice
 from tenfold.errors import UserError
 
 CHUNK_PIXELS = 4 * 224 * 224

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -184,3 +185,47 @@ class PlainBottleneck(nn.Module):
         y = self.last(y)
         y += x if self.projection is None else self.projection(x)
         return F.relu_(y)
+
+
+class PlainInBlockGate(nn.Module):
+    """Two convolutions and the gate; hands on their map and the strided input, side by side."""
+
+    def __init__(self, inner: nn.Module, gate: nn.Module, stride: int) -> None:
+        """Takes the plain layers."""
+        super().__init__()
+        self.inner, self.gate, self.stride = inner, gate, stride
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(features, gate logits)."""
+        y, logits = self.gate(self.inner(x))
+        return torch.cat([y, x[:, :, :: self.stride, :: self.stride]], 1), logits
+
+
+class PlainJoin(nn.Module):
+    """The third convolution of a block, its projection and their sum, from both maps."""
+
+    def __init__(self, own: int, last: nn.Module, projection: nn.Module | None) -> None:
+        """`own` channels are the branch's, the others the block's input."""
+        super().__init__()
+        self.own, self.last, self.projection = own, last, projection
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The block's output."""
+        y, x = self.last(features[:, : self.own]), features[:, self.own :]
+        return F.relu(y + (x if self.projection is None else self.projection(x)))
+
+
+class PlainPath(nn.Module):
+    """Plain parts in a row, of which some also return gate logits."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        """Takes the parts in order."""
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits."""
+        for part in self.parts:
+            outputs = part(x)
+            x = outputs[0] if isinstance(outputs, tuple) else outputs
+        return x

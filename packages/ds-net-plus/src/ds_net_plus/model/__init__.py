@@ -1,17 +1,7 @@
 """The networks, and `create_model` to build one by name."""
 
 from ds_net_plus.model import timm_models as timm_models  # fills timm's registry
-from ds_net_plus.model.base import (
-    LARGEST,
-    DynamicNet,
-    DynamicOutput,
-    Front,
-    NotFiniteError,
-    PlainRoute,
-    Route,
-    RouteLike,
-    naming_images,
-)
+from ds_net_plus.model.base import DynamicNet
 from ds_net_plus.model.checks import (
     check_finite,
     check_statistics,
@@ -25,6 +15,16 @@ from ds_net_plus.model.grouping import choose_routes, run_grouped
 from ds_net_plus.model.mobilenet import DSMobileNet
 from ds_net_plus.model.registry import MODELS, create_model, reset_gate, with_space
 from ds_net_plus.model.resnet import DSResNet
+from ds_net_plus.model.routes import (
+    LARGEST,
+    DynamicOutput,
+    Front,
+    NotFiniteError,
+    PlainRoute,
+    Route,
+    RouteLike,
+    naming_images,
+)
 from ds_net_plus.model.vit import DSViT
 
 __all__ = [

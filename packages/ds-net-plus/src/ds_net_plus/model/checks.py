@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ds_net_plus.layers import SwitchableBN
-from ds_net_plus.model.base import DynamicNet, NotFiniteError, RouteLike
+from ds_net_plus.model.base import DynamicNet
+from ds_net_plus.model.routes import NotFiniteError, RouteLike
 from tenfold.errors import UserError
 
 

@@ -20,15 +20,9 @@ from ds_net_plus.layers import (
     make_classifier,
 )
 from ds_net_plus.model.arguments import plain_arguments
-from ds_net_plus.model.base import (
-    LARGEST,
-    DynamicNet,
-    Front,
-    Maps,
-    RouteLike,
-    default_space,
-    half,
-)
+from ds_net_plus.model.base import DynamicNet
+from ds_net_plus.model.features import Maps
+from ds_net_plus.model.routes import LARGEST, Front, RouteLike, default_space, half
 from tenfold.errors import UserError
 
 

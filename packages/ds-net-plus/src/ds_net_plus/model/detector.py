@@ -19,8 +19,9 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import box_iou
 
-from ds_net_plus.model.base import DynamicNet, RouteLike, half
+from ds_net_plus.model.base import DynamicNet
 from ds_net_plus.model.checks import check_finite
+from ds_net_plus.model.routes import RouteLike, half
 from tenfold.errors import UserError
 
 GROUP = 16  # channels of a norm's group

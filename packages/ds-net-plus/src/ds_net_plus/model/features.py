@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ds_net_plus.model.base import DynamicNet, RouteLike
+    from ds_net_plus.model.base import DynamicNet
+    from ds_net_plus.model.routes import RouteLike
 
 Maps = dict[int, Tensor]
 """The last feature map of each stride, of a group of images."""

@@ -1,5 +1,6 @@
 """Named configurations, and the same network with another gate."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -124,7 +125,8 @@ def create_model(name: str, **overrides: object) -> DynamicNet:
     try:
         net = build(**{**arguments, **overrides})
     except TypeError as error:
-        raise UserError(str(error).replace("__init__() ", ""), where=f"model {name}") from error
+        what = re.sub(r"^[\w.]*__init__\(\) ", "", str(error))
+        raise UserError(what, where=f"model {name}") from error
     net.name = name
     return net
 

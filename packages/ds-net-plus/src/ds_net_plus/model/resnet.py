@@ -16,17 +16,18 @@ from ds_net_plus.layers import (
     init_official,
     make_classifier,
 )
-from ds_net_plus.layers.bottleneck import EXPANSION, make_norm, plain_layer
-from ds_net_plus.model.arguments import plain_arguments
-from ds_net_plus.model.base import (
-    LARGEST,
-    DynamicNet,
-    Front,
-    Maps,
-    RouteLike,
-    default_space,
-    half,
+from ds_net_plus.layers.bottleneck import (
+    EXPANSION,
+    PlainInBlockGate,
+    PlainJoin,
+    PlainPath,
+    make_norm,
+    plain_layer,
 )
+from ds_net_plus.model.arguments import plain_arguments
+from ds_net_plus.model.base import DynamicNet
+from ds_net_plus.model.features import Maps
+from ds_net_plus.model.routes import LARGEST, Front, RouteLike, default_space, half
 from tenfold.errors import UserError
 
 POSITIONS = ("stage", "in_block")
@@ -495,47 +496,3 @@ def _check_options(
         if value not in allowed:
             known = ", ".join(str(a) for a in allowed if a)
             raise UserError(f"{name} must be one of {known}, got {value!r}")
-
-
-class PlainInBlockGate(nn.Module):
-    """Two convolutions and the gate; hands on their map and the strided input, side by side."""
-
-    def __init__(self, inner: nn.Module, gate: nn.Module, stride: int) -> None:
-        """Takes the plain layers."""
-        super().__init__()
-        self.inner, self.gate, self.stride = inner, gate, stride
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(features, gate logits)."""
-        y, logits = self.gate(self.inner(x))
-        return torch.cat([y, x[:, :, :: self.stride, :: self.stride]], 1), logits
-
-
-class PlainJoin(nn.Module):
-    """The third convolution of a block, its projection and their sum, from both maps."""
-
-    def __init__(self, own: int, last: nn.Module, projection: nn.Module | None) -> None:
-        """`own` channels are the branch's, the others the block's input."""
-        super().__init__()
-        self.own, self.last, self.projection = own, last, projection
-
-    def forward(self, features: Tensor) -> Tensor:
-        """The block's output."""
-        y, x = self.last(features[:, : self.own]), features[:, self.own :]
-        return F.relu(y + (x if self.projection is None else self.projection(x)))
-
-
-class PlainPath(nn.Module):
-    """Plain parts in a row, of which some also return gate logits."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        """Takes the parts in order."""
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits."""
-        for part in self.parts:
-            outputs = part(x)
-            x = outputs[0] if isinstance(outputs, tuple) else outputs
-        return x
