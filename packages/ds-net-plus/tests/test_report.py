@@ -278,7 +278,7 @@ def test_comparison_table_as_markdown(table, dynamic):
     grid = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert grid[0][-1] == "% on route 0/4/13"
     assert grid[6] == [
-        "dynamic, tau 0.100", "90.00", "19.0", "0.47", "2.00", "0.50", "+23.00", "50/30/20"
+        "dynamic, tau 0.1", "90.00", "19.0", "0.47", "2.00", "0.50", "+23.00", "50/30/20"
     ]  # fmt: skip
     assert "\x1b" not in text
     assert len({len(row) for row in grid}) == 1
