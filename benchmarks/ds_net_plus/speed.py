@@ -44,6 +44,8 @@ def run(seeds: int = 1, only: str | None = None) -> None:
         only: "ds_mbnet", "ds_resnet50", "ds_vit_small" or "stage2".
     """
     results = Results("speed", "ds-net-plus", fresh=only is None)
+    if only is None:  # writing keeps what it finds
+        results.path.unlink(missing_ok=True)
     for name, space in SPACES.items():
         if only in (None, name):
             for dtype in _precisions():
@@ -53,6 +55,11 @@ def run(seeds: int = 1, only: str | None = None) -> None:
     if only in (None, "stage2"):
         results.runs["stage2"] = stage2()
         results.write()
+    write_tables(results)
+
+
+def write_tables(results: Results) -> None:
+    """Writes the tables beside the results, and the block of the package's README."""
     text = tables(results.runs)
     results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     replace_block(README, "speed", text)
