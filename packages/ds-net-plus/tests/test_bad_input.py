@@ -81,7 +81,7 @@ def test_routes_out_of_range_list_what_exists(net, images):
             with pytest.raises(UserError, match=r"does not exist: choose 0 \(widths .* M MAdds\)"):
                 ask(images, route=wrong)
     if gates > 1:
-        with pytest.raises(UserError, match=f"{gates} of them for the gates"):
+        with pytest.raises(UserError, match=f"an index for each of the {gates} gates"):
             net(images, route=(0,) * (gates - 1))
 
 
@@ -445,7 +445,7 @@ def test_careless_commands_end_in_one_line(checkpoint, detector, pictures, tmp_p
         (["train-gate", "--ckpt", ckpt, "--data.views", "7"], "--data.views"),
         (["train-gate", "--ckpt", ckpt, "--data.colour", "red"], "'colour' is not accepted"),
         (["demo", "--recipe", "scenes", "--out", tmp_path / "demo"], "not of Stage I"),
-        (["test", "--ckpt", resnet, "--route", "0,1", *CPU], "3 of them for the gates"),
+        (["test", "--ckpt", resnet, "--route", "0,1", *CPU], "an index for each of the 3 gates"),
         (["test", "--ckpt", resnet, "--route", "0,1,9", *CPU], "does not exist"),
         (["predict", "--ckpt", ckpt, "--data.predict_root", odd / "0.png", *CPU], "no such folder"),
     ):

@@ -85,6 +85,9 @@ class TestContract(PackageContract):
         "imagenet-vit-finetune": vit_small_parameters(1000, front=(384, 6, 1536)),
         "cifar10-vit-small-transfer": vit_small_parameters(10),
         "cifar100-vit-small-transfer": vit_small_parameters(100),
+        "cifar10-vit-cpu": vit_parameters(
+            (128, 2, 256), (128, 4, 512), 10, 48, 65, head_dim=32, blocks=(1, 5), hidden=64
+        ),
         "glyph-mix-vit": vit_parameters(
             (96, 3, 192), (96, 6, 384), 10, 64, 17, head_dim=16, blocks=(1, 4), hidden=64
         ),

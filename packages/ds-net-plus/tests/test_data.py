@@ -376,3 +376,25 @@ def test_real_cifar10_in_parquet():
     batch = next(iter(data.train_dataloader()))
     assert batch.image.shape == (128, 3, 32, 32)
     assert float(batch.image.abs().max()) < 4
+
+
+def test_a_validation_folder_beside_a_test_folder_is_used(tmp_path):
+    for split, count in (("train", 20), ("val", 3), ("test", 4)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{n}.png")
+    options = {"source": "imagefolder", "root": str(tmp_path), "image_size": 8, "val_split": 0.1}
+    data = ImageData(**options)
+    data.setup()
+    assert [len(d) for d in (data.train_dataset(), data.val_dataset(), data.test_dataset())] == [
+        40, 6, 8,
+    ]  # fmt: skip
+    for path in sorted((tmp_path / "test").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / "test").rmdir()
+    data = ImageData(**options)  # the validation split is for tests now
+    data.setup()
+    assert [len(d) for d in (data.train_dataset(), data.val_dataset(), data.test_dataset())] == [
+        36, 4, 6,
+    ]  # fmt: skip

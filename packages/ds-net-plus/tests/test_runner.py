@@ -90,6 +90,14 @@ def test_mapping_over_batches_gives_the_answers_of_single_calls(net, images):
         list(runner.map(batches))
 
 
+def test_a_budget_is_its_price(net, images):
+    net.budgets = [(0.4, 0.5 * net.madds(net.routing_space[-1])), (0.1, net.madds(3))]
+    runner = DynamicRunner(net, budget=0.5)
+    assert runner.tau == pytest.approx(0.4)
+    with pytest.raises(UserError, match="not feasible"):
+        DynamicRunner(net, budget=0.2)
+
+
 def test_bfloat16_parts_answer_in_float32(net, images):
     exact, runner = DynamicRunner(net), DynamicRunner(net, dtype=torch.bfloat16)
     paths = torch.arange(len(images))[:, None].expand(-1, net.num_gates) % 4

@@ -16,6 +16,7 @@ from ds_net_plus.model import (
     PlainRoute,
     RouteLike,
     check_statistics,
+    tau_for_budget,
 )
 from ds_net_plus.model.grouping import Decide
 from ds_net_plus.model.routes import check_choice
@@ -90,6 +91,7 @@ class DynamicRunner:
         model: DynamicNet,
         routes: Sequence[int] | None = None,
         tau: float = 0.0,
+        budget: float | None = None,
         compile: bool = False,
         memory_format: torch.memory_format = torch.channels_last,
         share_storage: bool = False,
@@ -102,6 +104,8 @@ class DynamicRunner:
             model: a network with a trained gate.
             routes: subset of the routing space that the gate may use; all of it where None.
             tau: price of compute in the gate's decision.
+            budget: target share of the widest route's MAdds instead of `tau`, looked up in the
+                model's table of budgets.
             compile: compile every part; slow to start, fixed batch sizes.
             memory_format: of images, features and weights.
             share_storage: linear layers stay views of the model's weights, which saves memory and
@@ -115,7 +119,8 @@ class DynamicRunner:
                 batch-norm statistics were never measured.
         """
         model.check_gate()
-        self.model, self.tau, self.memory_format = model, tau, memory_format
+        self.tau = tau if budget is None else tau_for_budget(model, budget)
+        self.model, self.memory_format = model, memory_format
         self.routes = model.routing_space if routes is None else tuple(sorted(set(routes)))
         if not self.routes or not set(self.routes) <= set(model.routing_space):
             raise UserError(

@@ -105,7 +105,8 @@ def detect(
         madds=picture.madds,
     )
     print(f"wrote {out / 'boxes.csv'} and {save(figure, out / 'detections.png')}")
-    print(f"{sum(row['label'] != '' for row in rows)} objects found")
+    found = sum(row["label"] != "" for row in rows)
+    print(f"{found} objects found" + ("" if found else ", lower --min-score to see weaker ones"))
 
 
 def _open_data(ckpt: Path, module: DetectionModule, changes: dict[str, Any]) -> VOCData:

@@ -53,7 +53,10 @@ def taylor_scores(
     training, parameter, seen = model.training, next(model.parameters()), 0
     model.eval()
     try:
-        for images, labels, *_ in batches:
+        for batch in batches:
+            if not isinstance(batch, list | tuple) or len(batch) < 2:
+                raise UserError("Taylor importance needs batches of (images, labels)")
+            images, labels = batch[:2]
             images = images[: most - seen].to(parameter)
             labels = labels[: most - seen].to(parameter.device)
             for key, score in _batch_scores(model, readers, images, labels).items():

@@ -139,8 +139,8 @@ class ImageData(DataModule):
             val_size: generated validation images.
             test_size: generated test images.
             gate_split: share of the training images kept for Stage II.
-            val_split: share of the training images kept for validation and budgets; without it,
-                and without a validation split on disk, the test images serve.
+            val_split: share of the training images kept for validation and budgets, where the source
+                has not both a validation and a test split; without it the test images serve.
             train_on: "train", or "gate": the images of `gate_split` (all where it is 0).
             image_column: of parquet files.
             label_column: of parquet files.
@@ -250,15 +250,21 @@ class ImageData(DataModule):
         part = self._splits[split]
         return ImageItems(_Sources(part.sources), transform, part.labels, self.seed)
 
+    @property
+    def _val_split(self) -> float:
+        """Share to set aside: none where a split on disk is for it, and another one for tests."""
+        both = {"val", "test"} <= set(self._splits)
+        return 0.0 if both else self.hparams["val_split"]
+
     def _parts(self) -> dict[str, list[int]]:
         """Positions of the training split that go to training, gate and validation."""
         size = len(self._items("train", self.eval_transform))
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(size, generator=generator).tolist()
-        gate, val = (round(self.hparams[k] * size) for k in ("gate_split", "val_split"))
-        for name, count in (("gate_split", gate), ("val_split", val)):
-            if self.hparams[name] and not count:
-                share = self.hparams[name]
+        shares = {"gate_split": self.hparams["gate_split"], "val_split": self._val_split}
+        gate, val = (round(share * size) for share in shares.values())
+        for (name, share), count in zip(shares.items(), (gate, val), strict=True):
+            if share and not count:
                 raise UserError(f"{name} {share} of {size} training images is less than one")
         return {
             "gate": sorted(order[:gate]),
@@ -287,9 +293,9 @@ class ImageData(DataModule):
 
     def val_dataset(self) -> Any:
         """Validation images, see `val_split`."""
-        if self.hparams["val_split"]:
-            return self._part("val", self.eval_transform)
         own = self._glyphs or self._splits
+        if self._val_split:
+            return self._part("val", self.eval_transform)
         return self._items("val" if "val" in own else "test", self.eval_transform)
 
     def test_dataset(self) -> Any:

@@ -231,11 +231,11 @@ class DynamicNet(TimmFace, HubFace):
             path = tuple(route)
             if all(isinstance(k, int) and 0 <= k < self.num_routes for k in path):
                 return path if self.num_gates > 1 else path[0]
-        several = f", {self.num_gates} of them for the gates," if self.num_gates > 1 else ""
-        raise UserError(
-            f"route {route!r} does not exist",
-            fix=f"choose {self._listing()}{several} or 'largest'",
-        )
+        choose = f"choose {self._listing()} or 'largest'"
+        if self.num_gates > 1:
+            example = ",".join(str(g % self.num_routes) for g in range(self.num_gates))
+            choose += f"; or an index for each of the {self.num_gates} gates, such as {example}"
+        raise UserError(f"route {route!r} does not exist", fix=choose)
 
     def check_space(self, space: Sequence[int]) -> tuple[int, ...]:
         """Returns a valid routing space as a tuple.

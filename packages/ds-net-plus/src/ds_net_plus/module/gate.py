@@ -140,7 +140,11 @@ class GateModule(NetModule):
 
     def on_fit_start(self) -> None:
         """Refuses a supernet that was never trained."""
-        check_statistics(self.net, self.net.routing_space)
+        try:
+            check_statistics(self.net, self.net.routing_space)
+        except UserError as error:
+            fix = "give its checkpoint with --model.init_from, and recalibrate that before"
+            raise UserError(f"Stage II needs a trained supernet: {error.what}", fix=fix) from error
 
     def on_train_start(self) -> None:
         """From here on the gate counts as trained."""

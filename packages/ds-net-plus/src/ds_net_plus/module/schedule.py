@@ -34,7 +34,7 @@ def check_schedule(epochs: int, warmup: float, cooldown: float) -> None:
     if 0 < epochs <= warmup + cooldown:
         raise UserError(
             f"{epochs} epochs have no room for {warmup:g} of warm-up and {cooldown:g} of cooldown",
-            fix="raise --trainer.max_epochs, or lower --model.init_args.warmup and cooldown",
+            fix="raise --trainer.max_epochs, or lower --model.warmup and --model.cooldown",
         )
 
 
