@@ -139,8 +139,8 @@ class ImageData(DataModule):
             val_size: generated validation images.
             test_size: generated test images.
             gate_split: share of the training images kept for Stage II.
-            val_split: share of the training images kept for validation and budgets, where the source
-                has not both a validation and a test split; without it the test images serve.
+            val_split: share of the training images kept for validation and budgets, unless the
+                source has both a validation and a test split; without it the test images serve.
             train_on: "train", or "gate": the images of `gate_split` (all where it is 0).
             image_column: of parquet files.
             label_column: of parquet files.
