@@ -457,9 +457,7 @@ def quiet_trainer(folder: Path, **options: Any) -> Trainer:
 
 def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) -> list[int | None]:
     """Runs methods of a contract, (name, *arguments) each, in processes; returns exit codes."""
-    # A fork saves the imports. It is safe while torch has one thread and has used no accelerator.
-    fork = sys.platform == "linux" and not torch.accelerator.is_available()
-    context: Any = multiprocessing.get_context("fork" if fork else "spawn")
+    context: Any = multiprocessing.get_context("fork" if _can_fork() else "spawn")
     where = inspect.getfile(type(contract)), type(contract).__name__
     children = [context.Process(target=_call, args=(*where, *call)) for call in calls]
     for child in children:
@@ -471,6 +469,27 @@ def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) ->
         child.kill()
     assert not hung, f"{len(hung)} of {len(children)} processes still ran after two minutes"
     return [child.exitcode for child in children]
+
+
+def _can_fork() -> bool:
+    """Whether forks, which save the imports, can train.
+
+    They can while torch has one thread and has used no accelerator, unless an earlier test, such as
+    one that traces, has started the threads of autograd, which a fork would lack.
+    """
+    if sys.platform != "linux" or torch.accelerator.is_available():
+        return False
+    trial = multiprocessing.get_context("fork").Process(target=_backward)
+    trial.start()
+    trial.join()
+    return trial.exitcode == 0
+
+
+def _backward() -> None:
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError:
+        os._exit(1)
 
 
 def _call(file: str, contract: str, method: str, *arguments: Any) -> None:
