@@ -1,11 +1,13 @@
 """Networks: the spec's integers, and sliced = masked = materialised = grouped."""
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -193,11 +195,22 @@ def test_gates_in_front_of_some_stages(families, randomize, images_of):
             families["resnet"](gates=gates)
 
 
+TRACED = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from ds_net_plus.model.grouping import choose_routes
+
+scores, madds = torch.tensor([[0.1, 0.9], [0.8, 0.2]]), (3, 7)
+with FakeTensorMode() as mode:  # as tracers see the network
+    assert isinstance(choose_routes(mode.from_tensor(scores), madds, 0.1), FakeTensor)
+assert choose_routes(scores, madds, 0.1).tolist() == [1, 0]
+"""
+
+
 def test_a_decision_that_was_traced_leaves_no_trace():
-    scores, madds = torch.tensor([[0.1, 0.9], [0.8, 0.2]]), (3, 7)
-    with FakeTensorMode() as mode:  # as tracers see the network
-        assert isinstance(choose_routes(mode.from_tensor(scores), madds, 0.1), FakeTensor)
-    assert choose_routes(scores, madds, 0.1).tolist() == [1, 0]
+    """In a process of its own: tracing starts threads, and other tests fork."""
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_plain_parts_leave_their_input_alone(net, images):

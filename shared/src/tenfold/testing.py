@@ -457,7 +457,7 @@ def quiet_trainer(folder: Path, **options: Any) -> Trainer:
 
 def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) -> list[int | None]:
     """Runs methods of a contract, (name, *arguments) each, in processes; returns exit codes."""
-    context: Any = multiprocessing.get_context("fork" if _can_fork() else "spawn")
+    context: Any = multiprocessing.get_context("fork" if can_fork() else "spawn")
     where = inspect.getfile(type(contract)), type(contract).__name__
     children = [context.Process(target=_call, args=(*where, *call)) for call in calls]
     for child in children:
@@ -471,7 +471,7 @@ def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) ->
     return [child.exitcode for child in children]
 
 
-def _can_fork() -> bool:
+def can_fork() -> bool:
     """Whether forks, which save the imports, can train.
 
     They can while torch has one thread and has used no accelerator, unless an earlier test, such as
