@@ -3,6 +3,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -201,6 +202,14 @@ def test_gallery_takes_grey_tensors_and_pil(tmp_path):
         report.gallery(grey, [1, 2], MADDS)
     with pytest.raises(ValueError, match="captions"):
         report.gallery(grey, [1], MADDS, captions=["a", "b"])
+
+
+@pytest.mark.parametrize("draw", [report.gallery, report.cheapest_against_widest])
+def test_routes_of_a_larger_set_keep_its_colours(draw):
+    images, every = torch.zeros(2, 1, 3, 3), report.route_colors(4)
+    fig = draw(images, [0, 1], (10, 40), routes=(0, 3), colors=[every[0], every[3]])
+    frames = [p.get_edgecolor() for p in fig.axes[0].patches if not p.get_fill()]
+    np.testing.assert_allclose(frames, [to_rgba(every[0]), to_rgba(every[3])])
 
 
 def test_cheapest_against_widest_leaves_the_middle_out():

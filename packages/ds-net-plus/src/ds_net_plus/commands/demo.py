@@ -226,7 +226,8 @@ def draw(trained: Trained, latency: report.Latency, best: int, out: Path) -> dic
     used = [net.routing_space.index(route) for route in routes]
     first = [used.index(j) for j in choice[: len(images)].tolist()]
     costs = [table.madds[j] for j in used]
-    look: dict[str, Any] = {"mean": data.mean, "std": data.std}
+    every = report.route_colors(len(table.madds))  # a route looks the same in all pictures
+    look: dict[str, Any] = {"mean": data.mean, "std": data.std, "colors": [every[j] for j in used]}
     rows = [
         {"route": row.route, "madds": row.madds} | {f"ms_{b}": ms for b, ms in row.ms.items()}
         for row in profile_routes(net, batches=(1, BATCH), repeats=15)

@@ -22,6 +22,7 @@ def gallery(
     captions: Sequence[str] = (),
     routes: Sequence[int | str] | None = None,
     counts: Sequence[int] | None = None,
+    colors: Sequence[str] | None = None,
     mean: Statistic = 0.0,
     std: Statistic = 1.0,
     columns: int = 10,
@@ -36,6 +37,7 @@ def gallery(
         captions: one an image, such as its class; none if empty.
         routes: indices of the routes in the network; 0 to K - 1 where None.
         counts: images that took each route, where `images` are a part of them.
+        colors: one a route, where `madds` are of some routes of a larger set; its own where None.
         mean: subtracted in the normalisation, of all channels or of each.
         std: divided by in the normalisation.
         columns: at most so many images of a route.
@@ -45,7 +47,7 @@ def gallery(
         ValueError: choices or captions that are not one an image.
     """
     tiles = _tiles(images, captions, mean, std)
-    groups = _groups(tiles, _positions(choice, len(tiles)), madds, routes, columns, counts)
+    groups = _groups(tiles, _positions(choice, len(tiles)), madds, routes, columns, counts, colors)
     return image_grid(groups, columns=columns, title=title)
 
 
@@ -56,6 +58,7 @@ def cheapest_against_widest(
     *,
     captions: Sequence[str] = (),
     routes: Sequence[int | str] | None = None,
+    colors: Sequence[str] | None = None,
     mean: Statistic = 0.0,
     std: Statistic = 1.0,
     columns: int = 10,
@@ -70,6 +73,7 @@ def cheapest_against_widest(
         madds: cost of every route.
         captions: one an image, such as its class; none if empty.
         routes: indices of the routes in the network; 0 to K - 1 where None.
+        colors: one a route, where `madds` are of some routes of a larger set; its own where None.
         mean: subtracted in the normalisation, of all channels or of each.
         std: divided by in the normalisation.
         columns: of a block.
@@ -80,7 +84,9 @@ def cheapest_against_widest(
         ValueError: choices or captions that are not one an image.
     """
     tiles = _tiles(images, captions, mean, std)
-    groups = _groups(tiles, _positions(choice, len(tiles)), madds, routes, columns * rows)
+    groups = _groups(
+        tiles, _positions(choice, len(tiles)), madds, routes, columns * rows, colors=colors
+    )
     return image_grid([groups[0], groups[-1]], columns=columns, title=title)
 
 
@@ -112,14 +118,14 @@ def _groups(
     routes: Sequence[int | str] | None,
     most: int,
     counts: Sequence[int] | None = None,
+    colors: Sequence[str] | None = None,
 ) -> list[TileGroup]:
     """One group a route, with at most `most` of its images."""
     unit, letter = madds_unit(madds[-1])
     counts = counts or [positions.count(k) for k in range(len(madds))]
+    colors, names = colors or route_colors(len(madds)), route_names(len(madds), routes)
     groups = []
-    for k, (name, color) in enumerate(
-        zip(route_names(len(madds), routes), route_colors(len(madds)), strict=True)
-    ):
+    for k, (name, color) in enumerate(zip(names, colors, strict=True)):
         mine = [tile for tile, position in zip(tiles, positions, strict=True) if position == k]
         share = 100 * counts[k] / max(sum(counts), 1)
         groups.append(
