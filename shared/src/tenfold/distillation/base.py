@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tenfold.distillation.taps import Signal as SignalName
+from tenfold.distillation.taps import Taps
 from tenfold.errors import UserError
 
 Signal = TypeVar("Signal")
@@ -22,9 +24,10 @@ _LOSSES: dict[str, type[DistillationLoss[Any]]] = {}
 class DistillationLoss(nn.Module, ABC, Generic[Signal]):
     """A distance between what a student and what a teacher say about the same batch.
 
-    ``Signal`` is what the loss compares: one tensor (``DistillationLoss[Tensor]``: logits) or
-    features under the names of their taps (``DistillationLoss[Mapping[str, Tensor]]``). Adaptors
-    that are trained with the student are ordinary submodules, hence found by ``parameters()``.
+    ``Signal`` is what `forward` compares: one tensor (logits, a pooled vector, a map) or a list of
+    maps, from shallow to deep. `terms` takes the same arguments for every loss: all that both
+    networks say, and the batch. Adaptors that are trained with the student are ordinary submodules,
+    hence found by ``parameters()``; `for_taps` sizes them.
 
     Two rules hold for every subclass: the teacher's side is a constant, no gradient flows into
     it; and the result is a scalar averaged over the batch, so that it does not depend on how many
@@ -32,13 +35,49 @@ class DistillationLoss(nn.Module, ABC, Generic[Signal]):
 
     Attributes:
         name: the name under which the loss is registered.
+        signal: the part of both networks' `Taps` that it compares.
+        default_weight: its factor beside the cross-entropy in the CIFAR comparison of CRD's
+            authors, or in its own paper.
+        default_ce_weight: the factor of the cross-entropy itself, there.
+        stage: "joint", or "init" for a loss that prepares the student before the task is trained.
     """
 
     name: ClassVar[str]
+    signal: ClassVar[SignalName] = "logits"
+    default_weight: ClassVar[float] = 1.0
+    default_ce_weight: ClassVar[float] = 1.0
+    stage: ClassVar[Literal["joint", "init"]] = "joint"
 
     @abstractmethod
     def forward(self, student: Signal, teacher: Signal, /) -> Float[Tensor, ""]:
         """Return the loss of ``student`` against the constant ``teacher``, a scalar."""
+
+    @classmethod
+    def for_taps(cls, student: Taps, teacher: Taps, **kwargs: Any) -> Self:
+        """Build the loss for two networks, its adaptors sized by what they say about a batch.
+
+        Args:
+            student: taps of any batch.
+            teacher: taps of the same batch.
+            **kwargs: other arguments of the constructor.
+        """
+        return cls(**kwargs)
+
+    def terms(
+        self, student: Taps, teacher: Taps, batch: Mapping[str, Tensor]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return the loss for everything that two networks say, under its name.
+
+        Args:
+            student: taps of the batch.
+            teacher: taps of the same batch.
+            batch: "label", (batch,) classes, and "index", (batch,) positions in the training
+                set, for the losses that read them.
+
+        Raises:
+            UserError: a part that the loss compares is missing, or its shapes do not fit.
+        """
+        return {self.name: self(student.signal(self.signal), teacher.signal(self.signal))}
 
 
 def register(name: str) -> Callable[[LossClass], LossClass]:
@@ -65,12 +104,26 @@ def create_loss(name: str, **kwargs: Any) -> DistillationLoss[Any]:
     Raises:
         UserError: if no loss has this name.
     """
+    return loss_class(name)(**kwargs)
+
+
+def get_loss(name: str, **kwargs: Any) -> DistillationLoss[Any]:
+    """`create_loss` under a shorter name."""
+    return create_loss(name, **kwargs)
+
+
+def loss_class(name: str) -> type[DistillationLoss[Any]]:
+    """Return the class registered as ``name``.
+
+    Raises:
+        UserError: if no loss has this name.
+    """
     if name not in _LOSSES:
         near = difflib.get_close_matches(name, _LOSSES, n=1)
         known = ", ".join(available_losses())
         fix = f"did you mean {near[0]!r}? Known: {known}" if near else f"known: {known}"
         raise UserError(f"no distillation loss is called {name!r}", fix=fix)
-    return _LOSSES[name](**kwargs)
+    return _LOSSES[name]
 
 
 def available_losses() -> tuple[str, ...]:

@@ -1,0 +1,7 @@
+"""`python -m ickd`: the command line, for torchrun."""
+
+import sys
+
+from ickd.cli import main
+
+sys.exit(main())

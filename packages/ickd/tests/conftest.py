@@ -1,0 +1,22 @@
+"""Paths and builders that several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Two processes share the cores, and tiny convolutions are slow on many threads.
+torch.set_num_threads(1)
+
+# Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).
+install_import_hook(
+    ["tenfold", "ickd"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of reference arrays; its README says what they are."""
+    return Path(__file__).parent / "reference"
