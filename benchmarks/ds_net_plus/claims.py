@@ -19,7 +19,6 @@ from ds_net_plus.commands.demo import (
     SPEEDS,
     evaluate_routes,
     measure_latency,
-    recipe_parts,
     summarise,
     train_both,
 )
@@ -37,6 +36,7 @@ from ds_net_plus.model import DynamicNet, choose_routes
 from ds_net_plus.module import SupernetModule
 from ds_net_plus.report import headline_point
 from ds_net_plus.train import CachedRoutes, train_gate, train_supernet
+from tenfold.recipes import recipe_parts
 
 WORK = work_folder("ds-net-plus")
 TARGETS = ("none", "ib", "inplace", "ramp", "switch")
@@ -98,7 +98,7 @@ def tiny_runs(results: Results, seeds: int) -> None:
 
 def tiny_run(distill: str, seed: int) -> dict[str, Any]:
     """One supernet of the tiny network, and every kind of gate on it."""
-    start, parts = time.time(), recipe_parts("glyph-mix")
+    start, parts = time.time(), recipe_parts("ds_net_plus", "glyph-mix")
     folder = WORK / f"tiny-{distill}-{seed}"
     data = ImageData(**parts["data"]["init_args"] | {"seed": seed})
     data.setup()

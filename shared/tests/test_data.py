@@ -1,6 +1,5 @@
 """Order, randomness and unusable items of the loaders, without and with workers."""
 
-import io
 import logging
 import os
 import random
@@ -13,17 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
 
 from tenfold.data import (
     DataModule,
     Draw,
     EpochSampler,
-    ImageItems,
+    Subset,
     TensorItems,
+    TensorSubset,
     as_draw,
-    read_image,
 )
 from tenfold.errors import UserError
 
@@ -354,6 +352,18 @@ def test_tensors_must_belong_together():
         TensorItems({"a": torch.zeros(3), "b": torch.zeros(4)})
 
 
+def test_a_subset_keeps_the_keys_of_the_whole():
+    fields = tensors()
+    part = TensorSubset(TensorItems(fields), [40, 3, 17])
+    (batch,) = Some(part, batch_size=7).val_dataloader()
+    assert batch.label.tolist() == [40, 3, 17]
+    assert torch.equal(part[Draw(5, 2)].image, fields.image[17])
+    noise = Subset(Noise(), range(21, 1, -2))
+    loader = Some(noise, batch_size=4, seed=1).train_dataloader()
+    assert len(noise) == len(loader.dataset) == 10
+    assert {int(i) for batch in loader for i in batch[0]} <= set(range(3, 22, 2))
+
+
 def test_augmentation_of_batches_follows_the_keys():
     def jitter(batch, generator):
         return batch._replace(
@@ -370,68 +380,3 @@ def test_augmentation_of_batches_follows_the_keys():
     assert torch.equal(epoch(1), epoch(1))
     assert not torch.equal(epoch(1).sum(), epoch(2).sum())
     assert not torch.equal(epoch(1).sum(), epoch(1, seed=1).sum())
-
-
-# ---- images
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """One picture in every mode that files come in, and files that are none."""
-    folder = tmp_path_factory.mktemp("pictures")
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    image = Image.fromarray(grey)
-    for mode in ("L", "RGB", "RGBA", "P", "1", "LA"):
-        image.convert(mode).save(folder / f"{mode}.png")
-    image.convert("CMYK").save(folder / "CMYK.jpg", quality=100)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "I16.png")
-    (folder / "empty.png").touch()
-    whole = (folder / "RGB.png").read_bytes()
-    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("no picture")
-    return folder
-
-
-@pytest.mark.parametrize("name", ["L.png", "RGB.png", "RGBA.png", "P.png", "LA.png", "I16.png"])
-def test_every_mode_becomes_rgb(pictures, name):
-    image = read_image(pictures / name)
-    wanted = np.arange(64).reshape(8, 8, 1).repeat(3, 2) * 4
-    assert image.mode == "RGB"
-    assert np.array_equal(np.asarray(image), wanted)
-
-
-def test_lossy_modes_and_other_sources(pictures):
-    assert read_image(pictures / "CMYK.jpg").mode == read_image(pictures / "1.png").mode == "RGB"
-    whole = (pictures / "RGB.png").read_bytes()
-    wanted = read_image(pictures / "RGB.png")
-    for source in (whole, {"bytes": whole, "path": "x"}, Image.open(io.BytesIO(whole))):
-        assert read_image(source) == wanted
-    assert read_image({"bytes": None, "path": str(pictures / "RGB.png")}) == wanted
-
-
-@pytest.mark.parametrize("name", ["empty.png", "truncated.png", "text.png", "missing.png"])
-def test_what_is_no_image_is_named(pictures, name):
-    with pytest.raises(UserError, match=name) as caught:
-        read_image(pictures / name)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="image in memory"):
-        read_image(b"")
-
-
-def test_image_items_draw_by_their_key(pictures):
-    def transform(image):
-        x = torch.from_numpy(np.array(image)).float()
-        return x + random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
-
-    sources = [pictures / "L.png", pictures / "RGB.png", pictures / "P.png"]
-    items = ImageItems(sources, transform, labels=[5, 6, 7], seed=4)
-    item = items[Draw(2, 1)]
-    assert (item.label, item.index) == (6, 1)
-    assert torch.equal(item.image, items[Draw(2, 1)].image)
-    assert torch.equal(items[1].image, items[Draw(0, 1)].image)
-    assert not torch.equal(item.image, items[Draw(3, 1)].image)
-    assert not torch.equal(item.image, items[Draw(2, 2)].image)
-    batch = next(iter(Some(items, batch_size=3).val_dataloader()))
-    assert batch.image.shape == (3, 8, 8, 3)
-    assert batch.label.tolist() == [5, 6, 7]
-    assert ImageItems(sources, transform)[0].label == -1

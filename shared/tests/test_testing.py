@@ -4,9 +4,7 @@ The sample is written to a folder, as a package of its own would be installed; t
 classes of this file, which the contract's processes load by its path.
 """
 
-import copy
 import inspect
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.testing import PackageContract, differences
+from tenfold.testing import PackageContract
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -237,21 +235,3 @@ def test_bad_input_badly_told_fails(argv, message, tmp_path, monkeypatch, capsys
     fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     with pytest.raises(AssertionError, match=message):
         call(Sound(), "test_bad_input", argv=argv, message="something else", **fixtures)
-
-
-def test_differences_name_places():
-    left = {"a": [torch.ones(2), 1.0, "x"], "b": None}
-    assert differences(left, copy.deepcopy(left)) == ""
-    right = {"a": [torch.tensor([1.0, 1.5]), 1.0, "y"], "c": None}
-    told = differences(left, right)
-    places = ["a.0 (by 0.5 of 1.5)", "a.2 ('x', 'y')", "b (in one of them)", "c (in one of them)"]
-    assert told == ", ".join(places)
-    assert differences(torch.ones(2), torch.full((2,), 1 + 1e-6), 1e-5) == ""
-    assert "torch.float64" in differences(torch.ones(2), torch.ones(2).double(), 1e-5)
-    assert differences(torch.ones(2), torch.tensor([1.0, math.nan]), 1e-5)
-    assert differences(list(range(9)), list(range(1, 10))).endswith("and 4 more")
-    # the gradient of a bias before a softmax: zero, but for rounding of the others
-    weight, bias = torch.ones(2).double(), torch.zeros(1).double()
-    noise = [{"weight": weight, "bias": bias}, {"weight": weight, "bias": bias + 1e-17}]
-    assert differences(*noise, 1e-6) == ""
-    assert differences(*noise) != ""

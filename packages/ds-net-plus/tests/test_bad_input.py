@@ -39,9 +39,10 @@ from ds_net_plus.module import DetectionModule, GateModule, SupernetModule
 from ds_net_plus.module.supernet import check_teacher, external_teacher
 from ds_net_plus.recalibration import recalibrate
 from ds_net_plus.runner import DynamicRunner
-from ds_net_plus.train import make_trainer, train_gate
+from ds_net_plus.train import train_gate
 from tenfold.checkpoint import load_state
 from tenfold.errors import UserError
+from tenfold.runs import make_trainer
 from tenfold.testing import CPU, quiet_trainer
 from tenfold.training import LAST
 

@@ -296,7 +296,7 @@ def test_the_demo_tells_what_its_checkpoint_does(tmp_path, monkeypatch, capsys):
         "trainer": {"max_epochs": 2},
     }  # fmt: skip
     module = import_module("ds_net_plus.commands.demo")  # the package's attribute is the function
-    monkeypatch.setattr(module, "recipe_parts", lambda name: parts)
+    monkeypatch.setattr(module, "recipe_parts", lambda package, name: parts)
     out = tmp_path / "demo"
     assert run("demo", "--out", out, "--gate-steps", "40") == 0
     assert "of the widest route's MAdds" in capsys.readouterr().out

@@ -1,11 +1,9 @@
 """Every source from files made here, every kind of bad file, and determinism."""
 
-import io
 import os
 import pickle
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -144,61 +142,6 @@ def test_cifar10_layout_round_trip(tmp_path, keys):
     assert len(data.train_dataset()) == 11
 
 
-def test_cifar100_planes_are_red_green_blue_in_rows(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    pixels = np.arange(2 * 3072, dtype=np.int64).reshape(2, 3072) % 251
-    for name in ("train", "test"):
-        content = {
-            b"data": pixels.astype(np.uint8), b"fine_labels": [3, 99], b"coarse_labels": [0, 1]
-        }  # fmt: skip
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    meta = {b"fine_label_names": [b"%d" % k for k in range(100)]}
-    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
-    data = ImageData(source="cifar100", root=str(tmp_path))
-    data.setup()
-    [batch] = data.test_loader()
-    assert batch.label.tolist() == [3, 99]
-    green = float(batch.image[1, 1, 5, 7] * 0.224 + 0.456) * 255
-    assert green == pytest.approx(pixels[1, 1024 + 5 * 32 + 7], abs=1e-3)
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    write_cifar10(tmp_path, train=5, test=2)
-
-    class Evil:
-        def __reduce__(self):
-            return os.system, ("true",)
-
-    file = tmp_path / "cifar-10-batches-py" / "test_batch"
-    file.write_bytes(pickle.dumps({b"data": Evil(), b"labels": []}))
-    with pytest.raises(UserError, match="no place in a data file"):
-        ImageData(source="cifar10", root=str(tmp_path)).setup()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("test_batch", b"no pickle at all", "not a CIFAR pickle"),
-        ("test_batch", pickle.dumps([1, 2]), "not a CIFAR pickle"),
-        ("test_batch", pickle.dumps({b"labels": [1]}), "no entry data"),
-        ("test_batch", pickle.dumps({b"data": b"x", b"labels": [1]}), "not the pixels"),
-        (
-            "data_batch_2",
-            pickle.dumps({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, 2]}),
-            "3 images but 2 labels",
-        ),
-        ("batches.meta", pickle.dumps({b"num_vis": 3072}), "no entry label_names"),
-    ],
-)
-def test_damaged_cifar_files_are_named(tmp_path, name, content, message):
-    write_cifar10(tmp_path, train=5, test=2)
-    (tmp_path / "cifar-10-batches-py" / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        ImageData(source="cifar10", root=str(tmp_path)).setup()
-    assert name in str(caught.value)
-
-
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1"])
 def test_every_colour_mode_becomes_rgb(folders, mode):
     suffix = "tif" if mode == "CMYK" else "png"
@@ -245,19 +188,6 @@ def test_unreadable_images_are_named_or_counted(folders, damage, caplog):
     assert "1 of 6 items" in caplog.text
 
 
-def test_missing_and_half_unpacked_roots_show_the_tree(tmp_path, folders):
-    for source in ("imagenet", "imagefolder", "cifar10", "cifar100", "parquet"):
-        with pytest.raises(UserError, match="expected"):
-            ImageData(source=source, root=str(tmp_path / "nowhere")).setup()
-    write_cifar10(tmp_path, train=5, test=2)
-    (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
-    with pytest.raises(UserError, match="data_batch_3 missing"):
-        ImageData(source="cifar10", root=str(tmp_path)).setup()
-    (folders / "validation" / "cat").mkdir()
-    with pytest.raises(UserError, match="differ: cat"):
-        folder_data(folders).setup()
-
-
 def test_bad_options_and_labels_are_named(tmp_path):
     for options, message in (
         ({"source": "mnist"}, "generated, imagenet"),
@@ -276,67 +206,6 @@ def test_bad_options_and_labels_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             ImageData(**options)
-
-
-def write_table(file: Path, labels: list, names: list[str] | None = None) -> None:
-    """A parquet file with a picture for each label, whose column may know the class names."""
-    buffer = io.BytesIO()
-    photo(0).save(buffer, "PNG")
-    pictures = [{"bytes": buffer.getvalue(), "path": None}] * len(labels)
-    table = datasets.Dataset.from_dict({"image": pictures, "label": labels})
-    if names:
-        table = table.cast_column("label", datasets.ClassLabel(names=names))
-    table.to_parquet(str(file))
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "message"),
-    [
-        ([0, -1], [0, 1], "label -1 of image 1"),
-        ([0, 1], [0, 2], r"label 2 of image 1 lies outside 0\.\.1"),
-        (["cat", "dog"], ["cat"], "label 'cat' of image 0 is no class number"),
-        ([0, None], [0], "label None of image 1 is no class number"),
-    ],
-)
-def test_labels_that_are_no_classes_of_training_are_named(tmp_path, train, test, message):
-    write_table(tmp_path / "train.parquet", train)
-    write_table(tmp_path / "test.parquet", test)
-    with pytest.raises(UserError, match=message):
-        ImageData(source="parquet", root=str(tmp_path)).setup()
-
-
-def test_class_names_of_parquet_files_decide_what_a_label_means(tmp_path):
-    write_table(tmp_path / "train.parquet", [0, 1], ["ant", "bee"])
-    write_table(tmp_path / "test.parquet", [0, 1, 1], ["bee", "ant"])
-    data = ImageData(source="parquet", root=str(tmp_path), image_size=32)
-    data.setup()
-    [batch] = data.test_loader()
-    assert data.class_names == ("ant", "bee")
-    assert batch.label.tolist() == [1, 0, 0]
-    write_table(tmp_path / "test.parquet", [0], ["bee", "cow"])
-    with pytest.raises(UserError, match="differ: ant, cow"):
-        ImageData(source="parquet", root=str(tmp_path)).setup()
-
-
-def test_what_is_no_parquet_or_has_no_images_is_named(tmp_path):
-    for name in ("train", "test"):
-        write_table(tmp_path / f"{name}.parquet", [0, 1])
-    for options, message in (
-        ({"label_column": "kind"}, "column kind missing"),
-        ({"image_column": "label"}, "holds no images"),
-    ):
-        with pytest.raises(UserError, match=message):
-            ImageData(source="parquet", root=str(tmp_path), **options).setup()
-    (tmp_path / "test.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"not a parquet file.*test\.parquet"):
-        ImageData(source="parquet", root=str(tmp_path)).setup()
-
-
-def test_hidden_folders_are_no_classes(folders):
-    (folders / "train" / ".thumbnails").mkdir()
-    data = folder_data(folders)
-    data.setup()
-    assert data.class_names == ("ant", "bee")
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "rand-m7"])

@@ -19,11 +19,11 @@ from ds_net_plus.module.schedule import learning_rate_factor
 from ds_net_plus.module.supernet import external_teacher, start_from
 from ds_net_plus.train import (
     CachedRoutes,
-    make_trainer,
     train_gate,
     train_supernet,
 )
 from tenfold.errors import UserError
+from tenfold.runs import make_trainer
 
 TINY = {"stage_widths": [[4, 8], [4, 8]], "depths": [1, 1], "gate_outputs": 2, "image_size": 16}
 

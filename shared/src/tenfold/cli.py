@@ -35,11 +35,12 @@ import sys
 import traceback
 import warnings
 from dataclasses import dataclass, field
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tenfold.errors import UserError
+from tenfold.recipes import recipe_files
 
 E = TypeVar("E", bound=BaseException)
 
@@ -137,8 +138,7 @@ class App:
 
     def recipes(self) -> dict[str, Path]:
         """The packaged recipes by name."""
-        folder = Path(str(resources.files(self.package) / "recipes"))
-        return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        return recipe_files(self.package)
 
     def recipe(self, name: str) -> Path:
         """The file that `--config NAME` means: a path if there is such a file, else a recipe.

@@ -11,12 +11,9 @@ import struct
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -28,7 +25,7 @@ from tenfold.training import item_rng, mix, seed_cpu
 
 log = logging.getLogger(__name__)
 
-_BAD = (UserError, OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error)
+BROKEN = (UserError, OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error)
 """What a broken file raises."""
 
 _TRIES = 16
@@ -277,76 +274,29 @@ class TensorItems(Dataset[Any]):
         return _map_fields(self.__getitems__([key]), lambda tensor: tensor[0])
 
 
-ImageSource = Any
-"""A path, the bytes of a file, datasets' {"bytes", "path"}, or a PIL image."""
+class Subset(Dataset[Any]):
+    """Some items of a data set, by their positions."""
 
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, list(indices)
 
-def read_image(source: ImageSource) -> Any:
-    """Opens an image as 8-bit RGB PIL: grey, palette, alpha, CMYK and 16 bit are converted.
-
-    Raises:
-        UserError: for a missing, empty, truncated or foreign file, with its path.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    where = "image in memory"
-    if isinstance(source, Mapping):
-        where = source.get("path") or where
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, str | Path):
-        where = str(source)
-    try:
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            image = Image.open(BytesIO(source) if isinstance(source, bytes) else str(source))
-            image.load()
-        if image.mode.startswith("I"):  # 16-bit grey: PIL would clip at 255
-            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError("no image, or an unknown format", where=where) from error
-    except (*_BAD, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the image: {why}", where=where) from error
-
-
-class ImageItem(NamedTuple):
-    """One item of `ImageItems`; torch's default collation makes it a batch of the same type."""
-
-    image: Any
-    label: int
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-class ImageItems(Dataset[ImageItem]):
-    """Images from files or memory; the transform's randomness is drawn by (seed, epoch, index).
-
-    Args:
-        sources: what `read_image` takes.
-        transform: applied to the RGB PIL image; may draw from Python, NumPy or torch.
-        labels: one class for each source, -1 if left out.
-        seed: of the transform.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[ImageSource],
-        transform: Callable[[Any], Any],
-        labels: Sequence[int] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.sources, self.transform, self.labels, self.seed = sources, transform, labels, seed
+    def _key(self, key: Draw | int) -> Draw | int:
+        if isinstance(key, Draw):
+            return Draw(key.epoch, self.indices[key.index])
+        return self.indices[key]
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.indices)
 
-    def __getitem__(self, key: Draw | int) -> ImageItem:
-        draw = as_draw(key)
-        image = read_image(self.sources[draw.index])
-        label = -1 if self.labels is None else int(self.labels[draw.index])
-        with item_rng(self.seed, *draw):
-            return ImageItem(self.transform(image), label, draw.index)
+    def __getitem__(self, key: Draw | int) -> Any:
+        return self.dataset[self._key(key)]
+
+
+class TensorSubset(Subset):
+    """A subset of `TensorItems`, or of any other that hands out whole batches."""
+
+    def __getitems__(self, keys: Sequence[Draw | int]) -> Any:
+        return self.dataset.__getitems__([self._key(key) for key in keys])
 
 
 def _has(loaders: Any, loader: Loader) -> bool:
@@ -385,7 +335,7 @@ class DataModule(LightningDataModule):
         pin_memory: page-locked batches; if left out, when training runs on CUDA.
     """
 
-    unusable: ClassVar[tuple[type[Exception], ...]] = _BAD
+    unusable: ClassVar[tuple[type[Exception], ...]] = BROKEN
     """What an item raises that cannot be used; anything else is a bug and keeps its traceback. A
     package whose decoder raises other exceptions adds them."""
 

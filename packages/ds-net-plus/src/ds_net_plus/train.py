@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ds_net_plus.data import ImageData
@@ -12,30 +11,9 @@ from ds_net_plus.evaluate import RouteTable, collect
 from ds_net_plus.model import DynamicNet, reset_gate
 from ds_net_plus.module import GateBatch, GateModule, SupernetModule
 from ds_net_plus.recalibration import recalibrate
-from tenfold.checkpoint import load_state
 from tenfold.data import DataModule, TensorItems
-from tenfold.errors import UserError
-from tenfold.progress import on_terminal, track
-from tenfold.training import Resumable, resume_path
-from tenfold.verbs import run_callbacks, run_loggers
-
-
-def make_trainer(
-    folder: Path, *, epochs: int, seed: int = 0, accelerator: str = "auto", progress: bool = True
-) -> Trainer:
-    """A trainer whose run can be killed and resumed bit for bit; it keeps `folder`/last.ckpt."""
-    return Trainer(
-        accelerator=accelerator,
-        devices=1,
-        max_epochs=epochs,
-        callbacks=run_callbacks([Resumable(dirpath=folder)], seed=seed, progress=progress),
-        logger=run_loggers(folder, checkpoint=resume_path(folder)),
-        enable_checkpointing=False,
-        enable_progress_bar=progress and on_terminal(),
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-    )
+from tenfold.progress import track
+from tenfold.runs import begun, make_trainer
 
 
 def train_supernet(
@@ -60,33 +38,6 @@ def train_supernet(
     for net in (module.net, module.teacher):
         recalibrate(net, training_images(data, recalibration))
     return module.eval()
-
-
-def begun(folder: Path, module: LightningModule, epochs: int) -> Path | None:
-    """The checkpoint that `folder` holds of the same run, None if there is none.
-
-    Raises:
-        UserError: it is of a run with other settings, or of more epochs.
-    """
-    path = resume_path(folder)
-    if path is None:
-        return None
-    raw = load_state(path)
-    there = raw.get("hyper_parameters", {})
-    changed = [
-        f"{key} {there.get(key)} -> {value}"
-        for key, value in module.hparams.items()
-        if there.get(key) != value
-    ]
-    if raw["epoch"] > epochs:
-        changed.append(f"epochs {raw['epoch']} -> {epochs}")
-    if changed:
-        raise UserError(
-            f"the folder holds a run with other settings ({', '.join(changed)})",
-            where=str(folder),
-            fix="use those, remove the folder, or choose another --out",
-        )
-    return path
 
 
 def training_images(data: ImageData, batches: int) -> Iterator[Tensor]:

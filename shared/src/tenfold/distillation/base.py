@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -53,7 +53,7 @@ class DistillationLoss(nn.Module, ABC, Generic[Signal]):
         """Return the loss of ``student`` against the constant ``teacher``, a scalar."""
 
     @classmethod
-    def for_taps(cls, student: Taps, teacher: Taps, **kwargs: Any) -> Self:
+    def for_taps(cls, student: Taps, teacher: Taps, **kwargs: Any) -> DistillationLoss[Any]:
         """Build the loss for two networks, its adaptors sized by what they say about a batch.
 
         Args:

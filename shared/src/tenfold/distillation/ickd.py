@@ -9,7 +9,7 @@ student's and the teacher's map.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -181,7 +181,7 @@ class ICCLoss(DistillationLoss[Tensor]):
         self.reference_compat = reference_compat
 
     @classmethod
-    def for_taps(cls, student: Taps, teacher: Taps, **kwargs: Any) -> Self:
+    def for_taps(cls, student: Taps, teacher: Taps, **kwargs: Any) -> ICCLoss:
         """Build the loss for two networks; see `DistillationLoss.for_taps`."""
         maps = student.signal(cls.signal), teacher.signal(cls.signal)
         check_maps(*maps, cls.name)

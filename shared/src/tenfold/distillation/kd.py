@@ -39,6 +39,9 @@ class KnowledgeDistillation(DistillationLoss[Tensor]):
         ValueError: if ``temperature`` is not a positive number.
     """
 
+    default_weight = 0.9
+    default_ce_weight = 0.1
+
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):

@@ -3,12 +3,10 @@
 import itertools
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 
 from ds_net_plus import report
@@ -32,6 +30,7 @@ from ds_net_plus.runner import DynamicRunner, fast_route
 from ds_net_plus.train import CachedRoutes, cache_routes, train_gate, train_supernet
 from tenfold.device import time_interleaved
 from tenfold.errors import UserError
+from tenfold.recipes import recipe_parts
 
 BATCH = 32
 SPEEDS = (0, 3)  # two groups a batch are faster than four, and as accurate
@@ -85,20 +84,6 @@ def demo(
     print("pictures: " + ", ".join(str(path) for path in pictures))
 
 
-def recipe_parts(name: str) -> dict[str, Any]:
-    """A packaged recipe as a dict: model and data arguments, trainer settings.
-
-    Raises:
-        UserError: no such recipe.
-    """
-    folder = resources.files("ds_net_plus") / "recipes"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
-        raise UserError(f"no recipe is called {name!r}", fix=f"choose from {', '.join(known)}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
 def train_both(
     recipe: str,
     out: Path,
@@ -122,7 +107,7 @@ def train_both(
         progress: show it.
         **model: changes to the recipe's model arguments.
     """
-    parts = recipe_parts(recipe)
+    parts = recipe_parts("ds_net_plus", recipe)
     stage1 = f"{SupernetModule.__module__.rpartition('.')[0]}.{SupernetModule.__name__}"
     if parts["model"].get("class_path", stage1) != stage1:
         raise UserError(f"recipe {recipe!r} is not of Stage I", fix="choose another, see recipes")

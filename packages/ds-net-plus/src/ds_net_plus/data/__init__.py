@@ -2,18 +2,15 @@
 
 from ds_net_plus.data.detection import DetectionBatch, VOCData
 from ds_net_plus.data.module import Batch, ImageData
-from ds_net_plus.data.readers import SOURCES, Split
 from ds_net_plus.data.transforms import normalisation
 from ds_net_plus.data.voc import VOC_CLASSES, read_voc, write_voc
 from ds_net_plus.data.writers import write_cifar10, write_parquet
 
 __all__ = [
-    "SOURCES",
     "VOC_CLASSES",
     "Batch",
     "DetectionBatch",
     "ImageData",
-    "Split",
     "VOCData",
     "normalisation",
     "read_voc",

@@ -10,8 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ds_net_plus.data.module import GENERATED, TEST_SEED, TRAIN_SEED, VAL_SEED, Subset
-from ds_net_plus.data.readers import image_files
+from ds_net_plus.data.module import GENERATED, TEST_SEED, TRAIN_SEED, VAL_SEED
 from ds_net_plus.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ds_net_plus.data.voc import (
     TEST_SETS,
@@ -23,8 +22,9 @@ from ds_net_plus.data.voc import (
 )
 from ds_net_plus.metrics import Truth
 from ds_net_plus.scenes import SCENE_CLASSES, glyph_scene
-from tenfold.data import DataModule, Draw, as_draw, read_image
+from tenfold.data import DataModule, Draw, Subset, as_draw
 from tenfold.errors import UserError
+from tenfold.images import image_files, read_image
 from tenfold.training import item_rng
 
 BOX_AUGMENTATIONS = ("none", "light", "ssd")

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ds_net_plus.data.readers import SOURCES, Split, image_files, read_parquet
 from ds_net_plus.data.transforms import (
     Transform,
     eval_transform,
@@ -18,8 +17,9 @@ from ds_net_plus.data.transforms import (
     train_transform,
 )
 from ds_net_plus.synthetic import CLASS_NAMES, Glyphs, glyph_mix
-from tenfold.data import DataModule, Draw, ImageItems, Loader, TensorItems
+from tenfold.data import DataModule, Loader, Subset, TensorItems, TensorSubset
 from tenfold.errors import UserError
+from tenfold.images import SOURCES, ImageItems, Split, image_files, read_parquet
 
 GENERATED = "generated"
 TRAIN_SEED, VAL_SEED, TEST_SEED = 0, 77, 99
@@ -62,32 +62,6 @@ class TwoViews:
     def __call__(self, image: Image.Image) -> tuple[Any, Any]:
         """Two views of an image."""
         return self.transform(image), self.transform(image)
-
-
-class Subset:
-    """Some items of a data set, by their positions."""
-
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        """Keeps the positions."""
-        self.dataset, self.indices = dataset, list(indices)
-
-    def _key(self, key: Draw | int) -> Draw | int:
-        if isinstance(key, Draw):
-            return Draw(key.epoch, self.indices[key.index])
-        return self.indices[key]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: Draw | int) -> Any:
-        return self.dataset[self._key(key)]
-
-
-class TensorSubset(Subset):
-    """A subset of `TensorItems`, which hand out whole batches."""
-
-    def __getitems__(self, keys: Sequence[Draw | int]) -> Any:
-        return self.dataset.__getitems__([self._key(key) for key in keys])
 
 
 class ImageData(DataModule):
@@ -248,7 +222,7 @@ class ImageData(DataModule):
         if self.source == GENERATED:
             return self._glyphs[split]
         part = self._splits[split]
-        return ImageItems(_Sources(part.sources), transform, part.labels, self.seed)
+        return ImageItems(part.sources, transform, part.labels, self.seed)
 
     @property
     def _val_split(self) -> float:
@@ -324,17 +298,3 @@ class ImageData(DataModule):
     def test_loader(self) -> Loader:
         """`test_dataset` in order."""
         return self._loader("test", self.test_dataset(), self.eval_batch_size)
-
-
-class _Sources(Sequence[Any]):
-    """Image sources as `read_image` takes them: arrays become PIL images when they are read."""
-
-    def __init__(self, sources: Sequence[Any]) -> None:
-        self.sources = sources
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: Any) -> Any:
-        source = self.sources[index]
-        return source if isinstance(source, str | Path | dict) else Image.fromarray(source)

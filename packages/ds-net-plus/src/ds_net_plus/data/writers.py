@@ -1,13 +1,12 @@
 """The generated task on disk, in formats that the readers read back."""
 
-import io
 import pickle
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
+import tenfold.images
 from ds_net_plus.synthetic import CLASS_NAMES, MEAN, STD, glyph_mix
 from tenfold.progress import track
 
@@ -37,31 +36,16 @@ def write_parquet(
         test_seed: of the test images.
         size: side in pixels.
     """
-    import datasets
-
-    out.mkdir(parents=True, exist_ok=True)
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=list(CLASS_NAMES)),
-            "hard": datasets.Value("bool"),
-        }
-    )
     for name, count, seed in (("train", train, train_seed), ("test", test, test_seed)):
         glyphs = glyph_mix(count, seed, size=size)
-        images = [
-            {"bytes": _png(pixels), "path": f"{name}-{index:05d}.png"}
-            for index, pixels in enumerate(track(to_uint8(glyphs.image), label=f"writing {name}"))
-        ]
-        columns = {"image": images, "label": glyphs.label.tolist(), "hard": glyphs.hard.tolist()}
-        table = datasets.Dataset.from_dict(columns, features=features)
-        table.to_parquet(str(out / f"{name}.parquet"))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+        images = track(to_uint8(glyphs.image), label=f"writing {name}")
+        tenfold.images.write_parquet(
+            out / f"{name}.parquet",
+            images,
+            glyphs.label.tolist(),
+            CLASS_NAMES,
+            hard=glyphs.hard.tolist(),
+        )
 
 
 def write_cifar10(

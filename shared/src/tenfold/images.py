@@ -1,21 +1,100 @@
-"""Released layouts on disk -> splits: where each image is, and its class."""
+"""Images from files, bytes and arrays, and released layouts: where each image is, and its class."""
 
 import io
 import itertools
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
 
+from tenfold.data import BROKEN, Draw, as_draw
 from tenfold.errors import UserError
+from tenfold.training import item_rng
 
 if TYPE_CHECKING:
     import datasets  # half a second to import: only a parquet source pays for it
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+
+ImageSource = Any
+"""A path, the bytes of a file, datasets' {"bytes", "path"}, a uint8 array or a PIL image."""
+
+
+def read_image(source: ImageSource) -> Image.Image:
+    """Opens an image as 8-bit RGB PIL: grey, palette, alpha, CMYK and 16 bit are converted.
+
+    Raises:
+        UserError: for a missing, empty, truncated or foreign file, with its path.
+    """
+    where = "image in memory"
+    if isinstance(source, Mapping):
+        where = source.get("path") or where
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str | Path):
+        where = str(source)
+    try:
+        image = _opened(source)
+        if image.mode.startswith("I"):  # 16-bit grey: PIL would clip at 255
+            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError("no image, or an unknown format", where=where) from error
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the image: {why}", where=where) from error
+
+
+def _opened(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+    image.load()
+    return image
+
+
+class ImageItem(NamedTuple):
+    """One item of `ImageItems`; torch's default collation makes it a batch of the same type."""
+
+    image: Any
+    label: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class ImageItems(Dataset[ImageItem]):
+    """Images from files or memory; the transform's randomness is drawn by (seed, epoch, index).
+
+    Args:
+        sources: what `read_image` takes.
+        transform: applied to the RGB PIL image; may draw from Python, NumPy or torch.
+        labels: one class for each source, -1 if left out.
+        seed: of the transform.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        transform: Callable[[Any], Any],
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.sources, self.transform, self.labels, self.seed = sources, transform, labels, seed
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, key: Draw | int) -> ImageItem:
+        draw = as_draw(key)
+        image = read_image(self.sources[draw.index])
+        label = -1 if self.labels is None else int(self.labels[draw.index])
+        with item_rng(self.seed, *draw):
+            return ImageItem(self.transform(image), label, draw.index)
 
 
 @dataclass(frozen=True)
@@ -23,13 +102,13 @@ class Split:
     """Images of one split.
 
     Attributes:
-        sources: paths, {"bytes", "path"} entries or uint8 arrays (H, W, 3).
-        labels: class of every image.
+        sources: what `read_image` takes.
+        labels: class of every image, None where they have none.
         names: class names.
     """
 
-    sources: Sequence[Any]
-    labels: Sequence[int]
+    sources: Sequence[ImageSource]
+    labels: Sequence[int] | None
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -38,7 +117,7 @@ class Split:
         Raises:
             UserError: naming the first image whose label is not.
         """
-        for index, label in enumerate(self.labels):
+        for index, label in enumerate(self.labels or ()):
             if not 0 <= label < len(self.names):
                 raise UserError(
                     f"label {label} of image {index} lies outside 0..{len(self.names) - 1}",
@@ -322,3 +401,37 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "cifar100": read_cifar100,
     "parquet": read_parquet,
 }
+
+
+def write_parquet(
+    file: Path,
+    images: Iterable[np.ndarray],
+    labels: Sequence[int],
+    names: Sequence[str],
+    **columns: Sequence[Any],
+) -> None:
+    """A parquet file that `read_parquet` reads: images as PNG, labels that know their names.
+
+    Args:
+        file: its name says the split, as in train.parquet; its folder is made if need be.
+        images: uint8, (H, W, 3) or grey (H, W).
+        labels: class of every image.
+        names: class names.
+        **columns: further ones, plain values.
+    """
+    import datasets
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entries = [
+        {"bytes": _png(pixels), "path": f"{file.stem}-{index:05d}.png"}
+        for index, pixels in enumerate(images)
+    ]
+    table = datasets.Dataset.from_dict({"image": entries, "label": list(labels), **columns})
+    table = table.cast_column("image", datasets.Image())
+    table.cast_column("label", datasets.ClassLabel(names=list(names))).to_parquet(str(file))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""What ICKD claims, and how fast its losses are."""

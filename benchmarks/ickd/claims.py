@@ -1,0 +1,195 @@
+"""Does a student that copies its teacher's channel correlations learn more?
+
+Four parts, each of one teacher and many students, all compared with the same student alone:
+
+- gratings: bound-gratings with three coarse classes, every seed with a teacher of its own;
+- fine: the same images with all 16 classes;
+- blobs: textured-blobs, segmentation by grid;
+- cifar: a real subset of CIFAR-10 (in the folder TENFOLD_DATA), resnet20 -> resnet8.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ickd.tables import write_tables
+from benchmarks.results import Results, work_folder
+from ickd.comparison import compare_losses, evaluate
+from ickd.module import fit_recipe
+from tenfold.errors import UserError
+from tenfold.training import LAST
+
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """A pair of networks, its losses and how they are weighted.
+
+    Attributes:
+        recipe: of the students.
+        teacher: recipe of the teacher.
+        losses: by the name in the table; the value is what `compare_losses` takes.
+        weights: of losses, over the recipe's.
+        options: of a loss, by the name in the table: changes of the model's arguments.
+        seeds: most seeds that this part takes.
+        one_teacher: for all seeds; else each seed has its own.
+    """
+
+    recipe: str
+    teacher: str
+    losses: dict[str, str]
+    weights: dict[str, float] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: int = 5
+    one_teacher: bool = False
+
+
+_TOY = {"kd": 1.0, "ickd": 4.0, "mse": 2.0}
+_FIVE = {"none": "none", "kd": "kd", "ickd": "ickd", "kd+ickd": "kd+ickd", "mse": "mse"}
+
+
+def _grid(side: int) -> dict[str, Any]:
+    return {"losses": {"ickd": {"weight": 2.0, "grid": [side, side], "embed": False}}}
+
+
+PARTS = {
+    "gratings": Part("demo", "demo-teacher", _FIVE, _TOY),
+    "fine": Part("gratings-fine", "gratings-fine-teacher", _FIVE, _TOY),
+    "blobs": Part(
+        "blobs",
+        "blobs-teacher",
+        {
+            "none": "none",
+            "ickd 1x1": "ickd",
+            "ickd 2x2": "ickd",
+            "ickd 4x4": "ickd",
+            "ickd 6x6": "ickd",
+            "ickd 12x12": "ickd",
+            "kd": "kd",
+            "kd+ickd 6x6": "kd+ickd",
+            "mse": "mse",
+        },
+        {"kd": 1.0, "mse": 2.0},
+        {
+            **{f"ickd {side}x{side}": _grid(side) for side in (1, 2, 4, 6, 12)},
+            "kd+ickd 6x6": _grid(6),
+        },
+    ),
+    "cifar": Part(
+        "cifar10-cpu",
+        "cifar10-cpu-teacher",
+        {"none": "none", "kd": "kd", "ickd": "ickd", "kd+ickd": "kd+ickd"},
+        {"kd": 1.0, "ickd": 2.5},
+        seeds=3,
+        one_teacher=True,
+    ),
+}
+
+
+def run(seeds: int = 5, only: str | None = None) -> None:
+    """Runs every part, or one; what is finished is not done again.
+
+    Raises:
+        UserError: no such part, or `only` is cifar and there is no folder of real data.
+    """
+    if only not in (None, *PARTS):
+        raise UserError(f"no part is called {only!r}", fix=f"there are {', '.join(PARTS)}")
+    results = Results("claims", "ickd")
+    for name, part in PARTS.items():
+        if only in (None, name):
+            data = real_data(only) if name == "cifar" else {}
+            if data is not None:
+                run_part(name, part, range(min(seeds, part.seeds)), data, results)
+    write_tables(results)
+
+
+def real_data(only: str | None) -> dict[str, Any] | None:
+    """Where the CIFAR-10 subset lies; None where there is none and it need not be."""
+    folder = Path(os.environ.get("TENFOLD_DATA", "nowhere")) / "cifar10"
+    if folder.is_dir():
+        return {"root": str(folder)}
+    if only == "cifar":
+        raise UserError("the part cifar reads real data", fix="set TENFOLD_DATA")
+    print("cifar: left out, TENFOLD_DATA is not set", flush=True)
+    return None
+
+
+def run_part(
+    name: str, part: Part, seeds: Sequence[int], data: dict[str, Any], results: Results
+) -> None:
+    """All runs of a part, two at a time with a thread each; those without a teacher come first."""
+    folder = work_folder("ickd") / name
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, spawn, initializer=_one_thread) as pool:
+        teachers = {
+            seed: pool.submit(train_teacher, part.teacher, folder / f"teacher-{seed}", seed, data)
+            for seed in (seeds[:1] if part.one_teacher else seeds)
+            if f"{name}/teacher/{seed}" not in results.runs
+        }
+        alone = {
+            f"{name}/none/{seed}": pool.submit(
+                train_student, part, "none", folder, seed, None, data
+            )
+            for seed in seeds
+            if f"{name}/none/{seed}" not in results.runs
+        }
+        named = {f"{name}/teacher/{seed}": future for seed, future in teachers.items()}
+        keep(results, named)
+        taught = {}
+        for seed in seeds:
+            checkpoint = folder / f"teacher-{seeds[0] if part.one_teacher else seed}" / LAST
+            for losses in part.losses:
+                key = f"{name}/{losses}/{seed}"
+                if losses != "none" and key not in results.runs:
+                    taught[key] = pool.submit(
+                        train_student, part, losses, folder, seed, checkpoint, data
+                    )
+        keep(results, alone | taught)
+
+
+def keep(results: Results, futures: dict[str, Future[Any]]) -> None:
+    """Writes down what is finished, as it comes."""
+    names = {future: key for key, future in futures.items()}
+    for future in as_completed(names):
+        results.once(names[future], future.result)
+        print(names[future], results.runs[names[future]], flush=True)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def train_teacher(recipe: str, folder: Path, seed: int, data: dict[str, Any]) -> dict[str, Any]:
+    """A teacher by its recipe, and its score."""
+    module, images = fit_recipe(recipe, folder, seed=seed, data=data, progress=False)
+    metric, score = evaluate(module, images, "cpu")
+    return {"score": 100 * score, "metric": metric}
+
+
+def train_student(
+    part: Part, name: str, folder: Path, seed: int, teacher: Path | None, data: dict[str, Any]
+) -> dict[str, Any]:
+    """One student, and its score."""
+    losses = part.losses[name]
+    model = dict(part.options.get(name, {}))
+    if teacher is not None:
+        model["teacher_ckpt"] = str(teacher)
+    found = compare_losses(
+        part.recipe,
+        [losses],
+        folder / name.replace(" ", "-") / str(seed),
+        seeds=[seed],
+        weights=part.weights,
+        model=model,
+        data=data,
+        accelerator="cpu",
+        progress=False,
+    )
+    return found.runs[f"{losses}/{seed}"]

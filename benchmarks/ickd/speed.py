@@ -1,0 +1,230 @@
+"""The low-memory forms against the published formulations, and what a distillation step costs."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.results import Results, markdown, replace_block
+from ickd.folding import fold
+from ickd.networks import open_network
+from tenfold.device import channels_last, time_interleaved
+from tenfold.distillation import ICCLoss, create_loss
+
+README = Path("packages/ickd/README.md")
+SHAPES = ((16, 512, 16), (4, 2048, 16), (8, 512, 49), (16, 256, 64))
+NST_SHAPES = ((4, 128, 8), (64, 128, 8))
+BATCH = 64
+
+
+def run(seeds: int = 1, only: str | None = None) -> None:
+    """Measures everything anew, or one part, and writes the tables.
+
+    Args:
+        seeds: not used; a time has no seed.
+        only: "icc", "nst", "step" or "teacher".
+    """
+    results = Results("speed", "ickd", fresh=only is None)
+    if only is None:  # writing keeps what it finds
+        results.path.unlink(missing_ok=True)
+    for name, part in {"icc": icc, "nst": nst, "step": step, "teacher": teacher}.items():
+        if only in (None, name):
+            results.runs[name] = part()
+            results.write()
+            print(name, "done", flush=True)
+    text = tables(results.runs)
+    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    replace_block(README, "speed", text)
+    print(text)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def both_ways(loss: Callable[[], Tensor], leaf: Tensor) -> Callable[[], None]:
+    """Forward and backward, the gradient thrown away."""
+
+    def call() -> None:
+        leaf.grad = None
+        loss().backward()
+
+    return call
+
+
+def icc_as_published(student: Tensor, teacher: Tensor) -> Tensor:
+    """The public programs' way: both matrices, their rows normalised, the squared distance."""
+    hats = []
+    for f in (student, teacher):
+        flat = f.flatten(2)
+        hats.append(F.normalize(torch.bmm(flat, flat.transpose(1, 2)), dim=2))
+    return (hats[0] - hats[1]).pow(2).sum() / (student.shape[1] * len(student))
+
+
+def nst_as_published(student: Tensor, teacher: Tensor) -> Tensor:
+    """RepDistiller's way: pairs of channels expanded to (batch, channels, channels, pixels)."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.unsqueeze(2) * b.unsqueeze(1)).sum(-1).pow(2)
+
+    s, t = (F.normalize(f.flatten(2), dim=2) for f in (student, teacher))
+    return kernel(t, t).mean().detach() + kernel(s, s).mean() - 2 * kernel(s, t).mean()
+
+
+def icc() -> dict[str, Any]:
+    """Direct, low-memory and published form of ICC at some taps' shapes, forward and backward."""
+    found = {}
+    for batch, channels, pixels in SHAPES:
+        s, t = _maps(batch, channels, pixels)
+        calls = {"published": both_ways(lambda s=s, t=t: icc_as_published(s, t), s)}
+        for form in ("direct", "low_memory"):
+            loss = ICCLoss(channels, embed=False, form=form)
+            calls[form] = both_ways(lambda loss=loss, s=s, t=t: loss(s, t), s)
+        found[f"{batch}, {channels}, {pixels}"] = _timed(calls)
+    return found
+
+
+def nst() -> dict[str, Any]:
+    """Our NST and the expanded one, forward and backward."""
+    found = {}
+    for batch, channels, side in NST_SHAPES:
+        s, t = _maps(batch, channels, side * side)
+        loss = create_loss("nst")
+        calls = {"ours": both_ways(lambda loss=loss, s=s, t=t: loss([s], [t]), s)}
+        if batch < BATCH:  # the other takes gigabytes
+            calls["published"] = both_ways(lambda s=s, t=t: nst_as_published(s, t), s)
+        found[f"{batch}, {channels}, {side}x{side}"] = _timed(calls)
+    return found
+
+
+def _maps(batch: int, channels: int, pixels: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    side = int(pixels**0.5)
+    shape = (batch, channels, side, pixels // side)
+    s, t = (torch.randn(shape, generator=generator).relu().to(_device()) for _ in range(2))
+    return s.requires_grad_(), t
+
+
+def _timed(calls: dict[str, Callable[[], Any]], warmup: int = 2, repeats: int = 11) -> Any:
+    timings = time_interleaved(calls, device=_device(), warmup=warmup, repeats=repeats)
+    return {name: timing.as_dict() for name, timing in timings.items()}
+
+
+def step() -> dict[str, Any]:
+    """A training step of resnet32x4 -> resnet8x4, and the ICKD term alone, timed apart."""
+    torch.manual_seed(0)
+    teacher = open_network("zoo:resnet32x4").eval().requires_grad_(False).to(_device())
+    student = open_network("zoo:resnet8x4").train().to(_device())
+    loss = ICCLoss(student.net.tap_channels, teacher.net.tap_channels).to(_device())
+    pixels = torch.rand(BATCH, 3, 32, 32, device=_device())
+    labels = torch.arange(BATCH, device=_device())
+    parameters = [*student.parameters(), *loss.parameters()]
+    optimizer = torch.optim.SGD(parameters, 1e-4, momentum=0.9)
+
+    def train(distil: bool) -> Tensor:
+        with torch.no_grad():
+            theirs = teacher.taps(pixels)
+        ours = student.taps(pixels)
+        total = F.cross_entropy(ours.logits, labels)
+        if distil:
+            total = total + 2.5 * loss(ours.maps[-1], theirs.maps[-1])
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        return total
+
+    with torch.no_grad():
+        s, t = student.taps(pixels).maps[-1], teacher.taps(pixels).maps[-1]
+    s.requires_grad_()
+    calls = {
+        "with ICKD": lambda: train(True),
+        "without": lambda: train(False),
+        "the term": both_ways(lambda: loss(s, t), s),
+    }
+    return {"batch": BATCH, **_timed(calls, warmup=1, repeats=7)}
+
+
+def teacher() -> dict[str, Any]:
+    """The teacher's forward pass: plain, channels last, and folded as well."""
+    plain = open_network("zoo:resnet32x4").eval().requires_grad_(False).to(_device())
+    ordered = copy.deepcopy(plain)
+    ordered.net = channels_last(ordered.net)
+    folded = fold(plain)
+    pixels = torch.rand(BATCH, 3, 32, 32, device=_device())
+    nets = {"plain": plain, "channels last": ordered, "folded, channels last": folded}
+
+    def forward(net: Any) -> None:
+        with torch.inference_mode():
+            net.taps(pixels)
+
+    calls = {name: (lambda net=net: forward(net)) for name, net in nets.items()}
+    return {"batch": BATCH, **_timed(calls, warmup=1, repeats=9)}
+
+
+def tables(runs: dict[str, Any]) -> str:
+    """The README's tables of speed."""
+    parts = []
+    if "icc" in runs:
+        rows = [
+            [f"({key})", *(_ms(run, n) for n in ("published", "direct", "low_memory")),
+             _times(run, "published", "low_memory")]
+            for key, run in runs["icc"].items()
+        ]  # fmt: skip
+        head = ["(B, C, p)", "published form", "direct", "low-memory", "published / low-memory"]
+        parts.append(
+            "The ICC term, forward and backward, p pixels a map:\n\n" + markdown(head, rows)
+        )
+    if "nst" in runs:
+        rows = [
+            [f"({key})", _ms(run, "published"), _ms(run, "ours"), _times(run, "published", "ours")]
+            for key, run in runs["nst"].items()
+        ]
+        head = ["(B, C, map)", "published form", "ours", "ratio"]
+        parts.append("NST, likewise:\n\n" + markdown(head, rows))
+    if "step" in runs:
+        run = runs["step"]
+        share = 100 * run["the term"]["median_ms"] / run["with ICKD"]["median_ms"]
+        parts.append(
+            f"A step of resnet32x4 -> resnet8x4 on {run['batch']} images takes "
+            f"{_ms(run, 'with ICKD')} with ICKD and {_ms(run, 'without')} without; the term with "
+            f"its embedding, timed apart, {_ms(run, 'the term')}: {share:.1f} % of the step."
+        )
+    if "teacher" in runs:
+        run = runs["teacher"]
+        others = ", ".join(
+            f"{_ms(run, name)} {name} ({_times(run, 'plain', name)})"
+            for name in ("channels last", "folded, channels last")
+        )
+        parts.append(f"The teacher's forward pass takes {_ms(run, 'plain')}; {others}.")
+    parts.append(_where(runs))
+    return "\n\n".join(parts)
+
+
+def _where(runs: dict[str, Any]) -> str:
+    timings = [t for run in runs.values() for t in _timings(run)]
+    busy = any(t["busy"] for t in timings)
+    threads, device = timings[0]["threads"], timings[0]["device"]
+    note = "; the machine was busy with other work" if busy else ""
+    return f"Medians of one run on {device}, {threads} threads{note}."
+
+
+def _timings(run: Any) -> list[dict[str, Any]]:
+    if not isinstance(run, dict):
+        return []
+    if "median_ms" in run:
+        return [run]
+    return [t for value in run.values() for t in _timings(value)]
+
+
+def _ms(run: dict[str, Any], name: str) -> str:
+    return f"{run[name]['median_ms']:.3g} ms" if name in run else ""
+
+
+def _times(run: dict[str, Any], slow: str, fast: str) -> str:
+    if slow not in run:
+        return ""
+    return f"{run[slow]['median_ms'] / run[fast]['median_ms']:.3g}x"

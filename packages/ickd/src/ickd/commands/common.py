@@ -1,0 +1,185 @@
+"""What several commands need: a network by name or from a file, and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ickd.convert import UNKNOWN, Converted, convert_checkpoint
+from ickd.module import load_student
+from ickd.networks import Network, open_network
+from tenfold.checkpoint import (
+    CONFIG_FILE,
+    compare_keys,
+    load_model_files,
+    load_state,
+    save_model,
+)
+from tenfold.errors import UserError
+from tenfold.training import LAST
+
+_INPUT = ("mean", "std", "image_size")
+
+
+class Opened(NamedTuple):
+    """A network with trained weights.
+
+    Attributes:
+        network: in eval mode, on the CPU.
+        options: arguments of `open_network` that build it, besides its name and its input.
+        notes: what the file says, a line each.
+        image_size: side of the images that it was trained on, None where the file does not tell.
+    """
+
+    network: Network
+    options: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    image_size: int | None = None
+
+
+def open_model(name_or_path: str | Path, **options: Any) -> Network:
+    """A network in eval mode: a new one by its name, or a trained one from a file.
+
+    Args:
+        name_or_path: "kind:name" (random weights), or what `open_saved` reads.
+        **options: of `open_network`, for a name.
+
+    Raises:
+        UserError: it is neither, or the file is damaged or of no known network.
+    """
+    if Path(name_or_path).exists():
+        return open_saved(name_or_path).network
+    try:
+        return open_network(str(name_or_path), **options).eval()
+    except UserError as error:
+        if ":" in str(name_or_path):
+            raise
+        fix = "write a name such as zoo:resnet20, or the path of a checkpoint or model folder"
+        raise UserError(f"no network and no file is {str(name_or_path)!r}", fix=fix) from error
+
+
+def open_saved(path: str | Path) -> Opened:
+    """A trained network.
+
+    Args:
+        path: a checkpoint or the folder of a run of `ickd fit` (its student), a model folder of
+            `ickd convert` or `ickd export`, or a published checkpoint.
+
+    Raises:
+        UserError: it is missing, damaged, or of no known network.
+    """
+    path = Path(path)
+    if (path / CONFIG_FILE).is_file():
+        return _open_folder(path)
+    if path.is_dir() and not (path / LAST).is_file():
+        fix = f"a model folder has a {CONFIG_FILE}, the folder of a run a {LAST}"
+        raise UserError("a folder without a network", where=str(path), fix=fix)
+    raw = load_state(path / LAST if path.is_dir() else path)
+    if "pytorch-lightning_version" in raw:
+        return _open_run(path, raw)
+    found = convert_checkpoint(path)
+    if found.network == UNKNOWN:
+        fix = "in Python: load_weights(open_network(NAME), FILE)"
+        raise UserError("weights of an unknown network", where=str(path), fix=fix)
+    network, options = build_converted(found)
+    return Opened(network, options, tuple(found.notes))
+
+
+def build_converted(found: Converted, name: str | None = None) -> tuple[Network, dict[str, Any]]:
+    """The network of a published checkpoint, in eval mode, and the options that build it.
+
+    Args:
+        found: what was read.
+        name: of a network with the same keys, such as timm's; the file's own if left out.
+    """
+    # every network that is published ends in its classifier
+    classes = len(list(found.state.values())[-1])
+    network = open_network(name or found.network, num_classes=classes)
+    _fill(network, found.state, found.network)
+    return network, {"num_classes": classes}
+
+
+def save_network(folder: Path, network: Network, options: Mapping[str, Any]) -> None:
+    """Write a model folder that `open_saved` reads: model.safetensors and config.json.
+
+    Raises:
+        UserError: the network has options that JSON cannot hold.
+    """
+    expects = {key: value for key, value in network.expects._asdict().items()}
+    config = {"network": network.name, "options": dict(options), "expects": expects}
+    try:
+        save_model(folder, network.net.state_dict(), config)
+    except TypeError as error:
+        raise UserError(f"the network's options are no plain values: {error}") from error
+
+
+def _open_folder(folder: Path) -> Opened:
+    state, config = load_model_files(folder)
+    name, options, expects = (config.get(key) for key in ("network", "options", "expects"))
+    if not (isinstance(name, str) and isinstance(options, dict) and isinstance(expects, dict)):
+        where = str(folder / CONFIG_FILE)
+        raise UserError("not of ickd: it needs network, options and expects", where=where)
+    size = expects.get("size")
+    network = open_network(
+        name, mean=expects.get("mean"), std=expects.get("std"), image_size=size, **options
+    )
+    _fill(network, state, str(folder))
+    return Opened(network, options, image_size=size)
+
+
+def _open_run(path: Path, raw: Mapping[str, Any]) -> Opened:
+    network = load_student(path)
+    arguments = raw.get("hyper_parameters", {})
+    given = {"num_classes": arguments.get("num_classes"), "taps": list(network.tap_names)}
+    given |= arguments.get("student_options") or {}
+    options = {k: v for k, v in given.items() if k not in _INPUT and v not in (None, [])}
+    size = (raw.get("datamodule_hyper_parameters") or {}).get("image_size")
+    return Opened(network, options, image_size=size if isinstance(size, int) else None)
+
+
+def _fill(network: Network, state: Mapping[str, Tensor], where: str) -> None:
+    report = compare_keys(state, network.net.state_dict())
+    if not report.fits:
+        raise UserError(f"the weights are not of {network.name}: {report.summary()}", where=where)
+    network.net.load_state_dict(dict(state))
+    network.eval()
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of as many cells in columns, the first of them the heads.
+
+    Args:
+        rows: at least one.
+        left: how many columns are flush left; the others are flush right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if n < left else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Make sure that numbers of the command line are not too small; None passes.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+
+
+def millions(number: float) -> str:
+    """A count of multiply-adds or parameters, in millions: 40.82 M."""
+    return f"{number / 1e6:.2f} M"

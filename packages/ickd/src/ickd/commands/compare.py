@@ -1,0 +1,182 @@
+"""compare and sweep: which loss, and which weight, pays on a pair of networks."""
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ickd import report
+from ickd.commands.common import columns
+from ickd.comparison import PLAIN, Comparison, Difference, compare_losses
+from ickd.module.objective import parse_losses
+from tenfold.errors import UserError
+
+TOY_WEIGHTS = {"kd": 1.0, "ickd": 4.0, "mse": 2.0, "fitnet": 2.0}
+"""On the embedded task; the defaults of the losses were chosen on CIFAR-100."""
+TOY = ("demo", "gratings-fine", "blobs")
+
+
+def compare(
+    *,
+    recipe: str = "demo",
+    losses: str = "none,kd,ickd,kd+ickd,fitnet",
+    seeds: int = 3,
+    teacher: str | None = None,
+    student: str | None = None,
+    teacher_ckpt: str | None = None,
+    weights: dict[str, float] | None = None,
+    model: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    epochs: int | None = None,
+    accelerator: str = "auto",
+    out: Path = Path("ickd-compare"),
+) -> None:
+    """Train one student with many losses and seeds, and tell which loss pays.
+
+    An interrupted comparison goes on when it is started again; losses and seeds can be added.
+
+    Args:
+        recipe: packaged recipe of the student, see ickd recipes.
+        losses: with commas between them; "none" is the student alone, "kd+ickd" two at once.
+        seeds: number of seeds, 0, 1, 2 and so on.
+        teacher: a network by name, instead of the recipe's.
+        student: likewise.
+        teacher_ckpt: file with the teacher's weights.
+        weights: of losses, such as {"ickd": 2.5, "kd": 1}; defaults if left out.
+        model: other arguments of the Distiller that differ from the recipe.
+        data: arguments of the data that differ from the recipe.
+        epochs: of every run, instead of the recipe's.
+        accelerator: cpu, gpu, or auto.
+        out: folder for runs, results.json, compare.csv, compare.md and the pictures.
+    """
+    names = parse_names(losses)
+    if seeds < 1:
+        raise UserError(f"--seeds must be 1 or more, got {seeds}")
+    given = {"teacher": teacher, "student": student, "teacher_ckpt": teacher_ckpt}
+    changes = {**(model or {}), **{k: v for k, v in given.items() if v is not None}}
+    if (teacher or teacher_ckpt) and "teacher_recipe" not in changes:
+        changes["teacher_recipe"] = None  # it trains another one
+    found = compare_losses(
+        recipe,
+        names,
+        out,
+        seeds=range(seeds),
+        weights=(TOY_WEIGHTS if recipe in TOY else {}) | (weights or {}),
+        model=changes,
+        data=data,
+        epochs=epochs,
+        accelerator=accelerator,
+    )
+    tell(found, out, "compare")
+
+
+def sweep(
+    *,
+    beta: str = "0.5,1,2,4,8",
+    loss: str = "ickd",
+    recipe: str = "demo",
+    seeds: int = 3,
+    teacher_ckpt: str | None = None,
+    model: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    epochs: int | None = None,
+    accelerator: str = "auto",
+    out: Path = Path("ickd-sweep"),
+) -> None:
+    """Train the student with one loss at several weights.
+
+    Args:
+        beta: the weights, with commas between them.
+        loss: its name, or two with a plus, of which the last has the weight.
+        recipe: packaged recipe of the student, see ickd recipes.
+        seeds: number of seeds, 0, 1, 2 and so on.
+        teacher_ckpt: file with the teacher's weights.
+        model: other arguments of the Distiller that differ from the recipe.
+        data: arguments of the data that differ from the recipe.
+        epochs: of every run, instead of the recipe's.
+        accelerator: cpu, gpu, or auto.
+        out: folder; every weight has a folder in it.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds must be 1 or more, got {seeds}")
+    names = [f"{loss}@{_number(part):g}" for part in beta.split(",")]
+    given = {**(model or {}), **({"teacher_ckpt": teacher_ckpt} if teacher_ckpt else {})}
+    found = compare_losses(
+        recipe,
+        parse_names(",".join([PLAIN, *names])),
+        out,
+        seeds=range(seeds),
+        weights=TOY_WEIGHTS if recipe in TOY else {},
+        model=given,
+        data=data,
+        epochs=epochs,
+        accelerator=accelerator,
+    )
+    tell(found, out, "sweep")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        what = f"--beta must be numbers with commas between them, got {text!r}"
+        raise UserError(what) from None
+
+
+def parse_names(losses: str) -> list[str]:
+    """Names with commas between them, each once, such as none,kd+ickd@2.
+
+    Raises:
+        UserError: no name, or one that is no loss.
+    """
+    names = [name.strip() for name in losses.strip("[]").split(",") if name.strip()]
+    if not names:
+        raise UserError("--losses names no loss", fix="such as none,kd,ickd")
+    for name in names:
+        parse_losses("+".join(part.partition("@")[0] for part in name.split("+")))
+    return list(dict.fromkeys(names))
+
+
+def tell(found: Comparison, out: Path, name: str) -> None:
+    """Print the table, and write it with its pictures and numbers into the folder."""
+    rows = [["losses", f"test {found.metric}, %", "against none", "against kd", "step"]]
+    for losses, scores in found.scores.items():
+        apart = [found.difference(losses, other) for other in (PLAIN, "kd")]
+        rows.append(
+            [
+                losses,
+                mean_and_spread(scores),
+                *(signed(difference) for difference in apart),
+                f"{1000 * found.seconds[losses]:.1f} ms",
+            ]
+        )
+    print(columns(rows))
+    if found.teacher == found.teacher:  # not NaN
+        print(f"teacher: {found.teacher:.2f} %")
+    head, *body = (" | ".join(row) for row in rows)
+    lines = [f"| {head} |", "|" + " --- |" * len(rows[0]), *(f"| {line} |" for line in body)]
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["losses", "seed", "score", "seconds"])
+        for losses, scores in found.scores.items():
+            for seed, score in enumerate(scores):
+                table.writerow([losses, seed, f"{score:.4f}", f"{found.seconds[losses]:.6f}"])
+    pictures = draw(found, out, name)
+    print(f"tables: {out / name}.md, {out / name}.csv; pictures: " + ", ".join(map(str, pictures)))
+
+
+def mean_and_spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = statistics.fmean(scores)
+    return f"{mean:.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
+
+
+def signed(difference: Difference | None) -> str:
+    """A difference with its interval, nothing where there is none to tell."""
+    if difference is None:
+        return ""
+    mean, low, high = difference
+    return f"{mean:+.2f}" + ("" if math.isinf(low) else f" [{low:+.2f}, {high:+.2f}]")

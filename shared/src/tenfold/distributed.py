@@ -1,0 +1,66 @@
+"""What a loss needs to see the whole batch when ranks share it: a gather that gradients pass.
+
+Where torch.distributed is not initialised, or has one rank, everything here is the identity.
+
+Under DDP, which averages gradients over the ranks, a loss computed on gathered tensors has the
+gradient that one rank would have with the whole batch: every rank adds its share to the gradient of
+every row, and the average takes the number of ranks out again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank, and how many there are: (0, 1) without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(x: Shaped[Tensor, " batch *shape"]) -> Shaped[Tensor, " whole *shape"]:
+    """Join the rows of all ranks, with gradient.
+
+    The order is that of a batch on one rank: samplers deal items out in turn, so row i of rank r
+    becomes row i * ranks + r.
+
+    Example:
+        >>> z = gather(model(x))  # (batch, dim) -> (ranks * batch, dim)
+        >>> loss = relations(z)
+
+    Args:
+        x: of the same shape on all ranks.
+    """
+    _, world = ranks()
+    return x if world == 1 else _Gather.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def own_rows() -> slice:
+    """Where this rank's rows are in what `gather` returns."""
+    rank, world = ranks()
+    return slice(rank, None, world)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather, whose backward pass is the sum over ranks of what each wants from a row.
+
+    torch's own, in torch.distributed.nn, is deprecated; its heir there is still private.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = x.new_empty(dist.get_world_size(), *x.shape)
+        dist.all_gather([*parts.unbind()], x.contiguous())
+        return parts.transpose(0, 1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[own_rows()]
