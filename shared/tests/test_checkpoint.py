@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -471,3 +472,15 @@ def test_lightning_saves_through_the_plugin(
 def test_storage_options_are_refused_as_by_lightning(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="storage_options"):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt", storage_options={})
+
+
+@pytest.mark.parametrize("home", ["numpy._core.multiarray", "numpy.core.multiarray"])
+def test_a_numpy_number_inside_is_read(tmp_path: Path, home: str) -> None:
+    # NumPy 1 wrote the second name, and many published files are that old
+    path = tmp_path / "best.pth.tar"
+    saved = {"state_dict": {"w": torch.ones(2)}, "best_pred": np.float64(0.75)}
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert b"numpy._core.multiarray" in content
+    path.write_bytes(content.replace(b"numpy._core.multiarray", home.encode()))
+    assert load_state(path)["best_pred"] == 0.75

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -48,7 +49,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: .pt, .pth, .tar, .ckpt (anything that `torch.save` wrote) or .safetensors. An
-            `argparse.Namespace` inside is allowed, since many published checkpoints carry one.
+            `argparse.Namespace` and NumPy's numbers are allowed inside, since many published
+            checkpoints carry them.
 
     Returns:
         The dict as it was saved: a bare state dict, or one with "state_dict", "epoch" and so on.
@@ -61,7 +63,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(_load_safetensors(path))
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _unpickling_error(path, error) from error
@@ -71,6 +73,18 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"a {type(raw).__name__}, not a dict of weights", where=str(path))
     return raw
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickled NumPy number, such as a best accuracy, is made of, in all versions."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8")}
+    names = [f"{module}.multiarray.scalar" for module in ("numpy.core", "numpy._core")]
+    return [np.dtype, *kinds, *((scalar, name) for name in names)]
+
+
+_HARMLESS: list[Any] = [argparse.Namespace, *_numpy_numbers()]
+"""What a checkpoint may hold beside tensors and plain values; nothing of it runs code."""
 
 
 def _refuse_what_is_no_checkpoint(path: Path) -> None:

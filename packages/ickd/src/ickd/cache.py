@@ -28,10 +28,13 @@ class TeacherCache:
     Args:
         tensors: "logits", "pooled", "last", "maps.0", ..., "preacts.0", ...: the items first.
         belongs: fingerprints of the teacher and of the data.
+        stem: see `Taps`.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], belongs: dict[str, str]) -> None:
-        self.tensors, self.belongs = tensors, belongs
+    def __init__(
+        self, tensors: dict[str, Tensor], belongs: dict[str, str], stem: bool = True
+    ) -> None:
+        self.tensors, self.belongs, self.stem = tensors, belongs, stem
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -46,7 +49,8 @@ class TeacherCache:
         for name, tensor in self.tensors.items():
             at[name] = tensor.index_select(0, index.to(tensor.device)).to(index.device)
         fields = {field: at.get(field) for field in FIELDS}
-        return Taps(_numbered(at, "maps"), preacts=_numbered(at, "preacts"), **fields)
+        maps, preacts = _numbered(at, "maps"), _numbered(at, "preacts")
+        return Taps(maps, preacts=preacts, stem=self.stem, **fields)
 
     @classmethod
     @torch.no_grad()
@@ -75,17 +79,20 @@ class TeacherCache:
         place = next(teacher.parameters()).device
         batches: Iterable[Any] = data.still_loader()
         rows: dict[str, list[Tensor]] = {}
+        stem = True
         for batch in track(batches, label="teacher") if progress else batches:
             taps = teacher.taps(batch.image.to(place))
+            stem = taps.stem
             for name, value in _fields(taps, keep).items():
                 rows.setdefault(name, []).append(value.cpu())
         tensors = {name: torch.cat(parts) for name, parts in rows.items()}
-        return cls(tensors, _belongs(teacher, data))
+        return cls(tensors, _belongs(teacher, data), stem)
 
     def write(self, path: Path) -> None:
         """Write a safetensors file, complete or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = save(self.tensors, metadata={"belongs": json.dumps(self.belongs)})
+        metadata = {"belongs": json.dumps(self.belongs), "stem": str(self.stem)}
+        content = save(self.tensors, metadata=metadata)
         with atomic_file(path) as file:
             file.write(content)
 
@@ -102,7 +109,8 @@ class TeacherCache:
             raise UserError("no such file of cached features", where=str(path), fix=fix)
         try:
             with safetensors.safe_open(path, "pt") as file:
-                belongs = json.loads((file.metadata() or {}).get("belongs", "{}"))
+                metadata = file.metadata() or {}
+            belongs = json.loads(metadata.get("belongs", "{}"))
             tensors = load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError("damaged, or no file of cached features", where=str(path)) from error
@@ -113,7 +121,7 @@ class TeacherCache:
                     where=str(path),
                     fix="make them anew with ickd cache-teacher",
                 )
-        return cls(tensors, belongs)
+        return cls(tensors, belongs, metadata.get("stem") != "False")
 
 
 def _numbered(tensors: dict[str, Tensor], part: str) -> tuple[Tensor, ...]:

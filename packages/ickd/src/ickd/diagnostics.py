@@ -130,11 +130,14 @@ class ChannelMapFit:
     def update(
         self,
         student: Float[Tensor, "batch channels_s height_s width_s"],
-        teacher: Float[Tensor, "batch channels_t height_t width_t"],
+        teacher: Float[Tensor, "_ channels_t height_t width_t"],
     ) -> None:
         """Count a batch; where the sizes differ, the larger is averaged down to the smaller.
 
         Only the fit resizes: `icc_distance` compares every map at its own size.
+
+        Raises:
+            UserError: maps of different images, with NaN, or of other channels than before.
         """
         check_maps(student, teacher, "the fit of a channel map")
         student, teacher = pool_to_smaller(_double(student), _double(teacher))
@@ -179,7 +182,7 @@ class DiversityMeter:
     def update(
         self,
         maps: Float[Tensor, "batch channels height width"],
-        teacher: Float[Tensor, "batch channels_t height_t width_t"] | None = None,
+        teacher: Float[Tensor, "_ channels_t height_t width_t"] | None = None,
     ) -> None:
         """Count a batch.
 
@@ -416,6 +419,7 @@ def _distance(
     grid: tuple[int, int] | None = None,
 ) -> float:
     """Mean over a batch, of maps that have the same channels already."""
+    check_maps(student, teacher, "the ICC distance")
     loss = ICCLoss(student.shape[1], teacher.shape[1], normalize, grid, embed=False)
     return float(loss(student, _double(teacher)))
 

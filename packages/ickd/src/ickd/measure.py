@@ -155,11 +155,13 @@ def gradient_of(term: Term, student: Taps, teacher: Taps) -> Callable[[], None]:
         student: leaves, of `leaf_taps`.
         teacher: constants.
     """
-    learning = [p for p in term.adaptors.parameters() if p.requires_grad]
-    inputs = [*tensors_of(student), *learning]
+    leaves = tensors_of(student)
 
     def run() -> None:
-        torch.autograd.grad(term.loss(student, teacher), inputs, allow_unused=True)
+        term.loss(student, teacher).backward()
+        term.adaptors.zero_grad()
+        for leaf in leaves:
+            leaf.grad = None
 
     return run
 
@@ -350,7 +352,8 @@ def _in_form(loss: ICCLoss, form: Any, student: Tensor, teacher: Tensor) -> Call
     bare.form, bare.embed_s = form, nn.Identity()
 
     def run() -> None:
-        torch.autograd.grad(bare(student, teacher), student)
+        bare(student, teacher).backward()
+        student.grad = None
 
     return run
 

@@ -82,6 +82,7 @@ class Network(nn.Module):
         self.example_size = self.expects.size or example_size
         self._classifier = _classifier(net)
         self.tap_names = tuple(tap_names)
+        self.stem = not tap_names
         if not (tap_names or hasattr(net, "taps")):
             self.tap_names = tuple(suggest(net, self.example(1))[0])
 
@@ -126,7 +127,7 @@ class Network(nn.Module):
                     watch.remove()
         maps = tuple(features[name] for name in self.tap_names)
         vector = pooled[-1] if pooled and pooled[-1].ndim == 2 else maps[-1].mean((2, 3))
-        return Taps(maps, vector, logits)
+        return Taps(maps, vector, logits, stem=self.stem)
 
     def fingerprint(self) -> str:
         """A hash of name, input and weights: what cached features belong to."""

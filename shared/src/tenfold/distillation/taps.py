@@ -27,6 +27,7 @@ class Taps:
         logits: (batch, classes), or (batch, classes, height, width) in dense prediction.
         preacts: the same maps before their last activation, empty where a network cannot tell.
         last: the map that ICKD and SP compare, where it is not the last of `maps`.
+        stem: whether the first map is the stem's, which losses on stages leave out.
     """
 
     maps: tuple[Tensor, ...] = ()
@@ -34,13 +35,15 @@ class Taps:
     logits: Tensor | None = None
     preacts: tuple[Tensor, ...] = ()
     last: Tensor | None = None
+    stem: bool = True
 
     def signal(self, wanted: Signal) -> Any:
         """What a loss asks for.
 
         Args:
-            wanted: "logits", "pooled", "last" (the last map), "hint" (F_2), "stages" (F_1 .. F_-2),
-                "trunk" (F_0 .. F_-2) or "preact_stages" (F_1 .. F_-2 before their activation).
+            wanted: "logits", "pooled", "last" (the last map), "hint" (F_2), "stages" (F_1 .. F_-2:
+                without the stem, if there is one), "trunk" (F_0 .. F_-2) or "preact_stages" (the
+                stages before their activation).
 
         Raises:
             UserError: this network has no such part.
@@ -55,7 +58,8 @@ class Taps:
             return maps[-1]
         if wanted == "hint":
             return maps[min(HINT, len(maps) - 1)]
-        return list(maps if wanted == "trunk" or len(maps) == 1 else maps[1:])
+        whole = wanted == "trunk" or not self.stem or len(maps) == 1
+        return list(maps if whole else maps[1:])
 
     def _there(self, value: Any, name: str) -> Any:
         if value is None:

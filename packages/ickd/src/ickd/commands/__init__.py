@@ -2,5 +2,6 @@
 
 from ickd.commands.cost import cost
 from ickd.commands.taps import taps
+from ickd.commands.zoo import zoo
 
-__all__ = ["cost", "taps"]
+__all__ = ["cost", "taps", "zoo"]

@@ -80,26 +80,26 @@ def open_saved(path: str | Path) -> Opened:
     raw = load_state(path / LAST if path.is_dir() else path)
     if "pytorch-lightning_version" in raw:
         return _open_run(path, raw)
-    found = convert_checkpoint(path)
+    try:
+        return build_converted(convert_checkpoint(path))
+    except UserError as error:
+        raise UserError(error.what, where=error.where or str(path), fix=error.fix) from error
+
+
+def build_converted(found: Converted) -> Opened:
+    """The network of a published checkpoint.
+
+    Raises:
+        UserError: it is of no known network.
+    """
     if found.network == UNKNOWN:
         fix = "in Python: load_weights(open_network(NAME), FILE)"
-        raise UserError("weights of an unknown network", where=str(path), fix=fix)
-    network, options = build_converted(found)
+        raise UserError("weights of an unknown network", fix=fix)
+    # every network that is published ends in the bias of its classifier
+    options = {"num_classes": len(list(found.state.values())[-1])}
+    network = open_network(found.network, **options)
+    fill(network, found.state)
     return Opened(network, options, tuple(found.notes))
-
-
-def build_converted(found: Converted, name: str | None = None) -> tuple[Network, dict[str, Any]]:
-    """The network of a published checkpoint, in eval mode, and the options that build it.
-
-    Args:
-        found: what was read.
-        name: of a network with the same keys, such as timm's; the file's own if left out.
-    """
-    # every network that is published ends in its classifier
-    classes = len(list(found.state.values())[-1])
-    network = open_network(name or found.network, num_classes=classes)
-    _fill(network, found.state, found.network)
-    return network, {"num_classes": classes}
 
 
 def save_network(folder: Path, network: Network, options: Mapping[str, Any]) -> None:
@@ -126,7 +126,10 @@ def _open_folder(folder: Path) -> Opened:
     network = open_network(
         name, mean=expects.get("mean"), std=expects.get("std"), image_size=size, **options
     )
-    _fill(network, state, str(folder))
+    try:
+        fill(network, state)
+    except UserError as error:
+        raise UserError(error.what, where=str(folder)) from error
     return Opened(network, options, image_size=size)
 
 
@@ -140,10 +143,15 @@ def _open_run(path: Path, raw: Mapping[str, Any]) -> Opened:
     return Opened(network, options, image_size=size if isinstance(size, int) else None)
 
 
-def _fill(network: Network, state: Mapping[str, Tensor], where: str) -> None:
+def fill(network: Network, state: Mapping[str, Tensor]) -> None:
+    """Load weights into a network, and put it in eval mode.
+
+    Raises:
+        UserError: they are of another one.
+    """
     report = compare_keys(state, network.net.state_dict())
     if not report.fits:
-        raise UserError(f"the weights are not of {network.name}: {report.summary()}", where=where)
+        raise UserError(f"the weights are not of {network.name}: {report.summary()}")
     network.net.load_state_dict(dict(state))
     network.eval()
 

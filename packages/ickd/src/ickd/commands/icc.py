@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import v2
 
 from ickd.commands.common import at_least, columns, open_model, open_saved
 from ickd.diagnostics import (
@@ -201,22 +200,15 @@ class _Reader:
                 return None
             fix = "mend it, or add --on-error skip"
             raise UserError(error.what, where=error.where, fix=fix) from error
-        if self.size is not None:
-            picture = _square(picture, self.size)
-        image = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), scale=True)
+        if self.size is not None:  # the middle, its shorter side brought to the size
+            picture = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BILINEAR)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
         if self._shape is not None and tuple(image.shape) != self._shape:
             first = "x".join(map(str, self._shape[1:]))
             what = f"{picture.height}x{picture.width} pixels, where other images have {first}"
             raise UserError(what, where=str(path), fix="give --image-size, such as 224")
         self._shape = tuple(image.shape)
         return image
-
-
-def _square(picture: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture whose shorter side is brought to `size`."""
-    if picture.size != (size, size):
-        picture = v2.functional.center_crop(v2.functional.resize(picture, [size]), [size, size])
-    return picture
 
 
 def _open(
@@ -298,8 +290,10 @@ def _measure(
     correlations = [
         cell_icc(map_, grid, "cosine", lift) for map_, lift in zip(first, lifts, strict=True)
     ]
-    distances = [None, *(total / found[0].images for total in totals[1:])]
-    return found, [CellCorrelations(*pair) for pair in zip(correlations, distances, strict=True)]
+    images = found[0].images
+    distances = [None, *(total / images for total in totals[1:])]
+    pairs = zip(correlations, distances, strict=True)
+    return found, [CellCorrelations(*pair, images) for pair in pairs]
 
 
 def _fit(probes: Sequence[_Probe], files: Sequence[Path], reader: _Reader) -> list[Lift | None]:

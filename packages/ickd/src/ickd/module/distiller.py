@@ -224,6 +224,7 @@ class Distiller(LightningModule):
         if self.teacher is None:
             return
         cache, data = self.hparams["teacher_cache"], getattr(self.trainer, "datamodule", None)
+        self.objective.set_margins(self.teacher, data)
         if cache == "memory":
             self.cache = TeacherCache.compute(self.teacher, data)
         elif cache is not None:

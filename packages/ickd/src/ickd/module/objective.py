@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold.distillation import DistillationLoss, ICCLoss, Taps, loss_class
+from ickd.module.margins import teacher_margins
+from ickd.networks import Network
+from tenfold.distillation import DistillationLoss, ICCLoss, OFDLoss, Taps, loss_class
 from tenfold.errors import UserError
 
 UNLABELLED = -1
@@ -135,6 +137,15 @@ class Objective(nn.Module):
             loss: Any = module
             if hasattr(loss, "set_labels") and hasattr(data, "train_labels"):
                 loss.set_labels(torch.as_tensor(data.train_labels()))
+
+    def set_margins(self, teacher: Network, data: Any) -> None:
+        """Gives OFD the margins of the teacher's channels; its weights are in place by now."""
+        for loss in self.losses.values():
+            if isinstance(loss, OFDLoss):
+                batch = next(iter(data.train_dataloader()))
+                pixels = batch.image.to(loss.margins[0].device)
+                for known, margin in zip(loss.margins, teacher_margins(teacher, pixels), strict=True):
+                    known.copy_(margin)
 
     def preparing(self, epoch: int) -> bool:
         """Whether this epoch only prepares."""

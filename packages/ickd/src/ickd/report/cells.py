@@ -30,16 +30,22 @@ MOST_CELLS = 8
 """Rows or columns of cells beyond which a matrix in each is too small to be seen."""
 
 
+MOST_NUMBERS = 6
+"""Rows or columns of cells up to which each one has its distance written in."""
+
+
 class CellCorrelations(NamedTuple):
     """What a network says in every cell of one grid.
 
     Attributes:
         icc: of the map that was brought to the teacher's channels, see `diagnostics.cell_icc`.
         distances: ICC distance to the teacher, None for the teacher itself.
+        images: over which the distances are means.
     """
 
     icc: Float[Tensor, "n m channels channels"]
     distances: Float[Tensor, "n m"] | None = None
+    images: int = 1
 
 
 def icc_cells(
@@ -124,7 +130,7 @@ def _draw_mosaics(
     for ax, values in zip(panels, cells, strict=True):
         matrix(ax, mosaic(values, order), norm)
         ax.spines[:].set_visible(False)
-    color_bar(panels, norm, "correlation (white: teacher's median)")
+    color_bar(panels, norm, "correlation (white: the median)")
 
 
 def _draw_image(
@@ -153,13 +159,10 @@ def _draw_distances(
     values = [s.distances.numpy() for s in students if s.distances is not None]
     limits = 0.8 * min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     n, m = values[0].shape
-    for ax, cells, name, color in zip(panels, values, names, COLORS[1:], strict=False):
-        fmt = "{:.2f}" if max(n, m) <= 6 else ""
+    fmt = "{:.2f}" if max(n, m) <= MOST_NUMBERS else ""
+    colors = COLORS[1:]
+    for ax, cells, one, name, color in zip(panels, values, students, names, colors, strict=False):
         heatmap(ax, cells, rows=[""] * n, columns=[""] * m, fmt=fmt, limits=limits)
         ax.set(aspect="equal", anchor="N")
-        title(
-            ax,
-            f"{name}: ICC distance",
-            f"of the cells, mean {number(float(cells.mean()), 3)}",
-            color,
-        )
+        images = "" if one.images == 1 else f" of {one.images} images"
+        title(ax, f"{name}: ICC distance", f"mean{images} {number(float(cells.mean()), 3)}", color)

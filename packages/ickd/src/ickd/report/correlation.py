@@ -34,6 +34,8 @@ from tenfold.plotting import INK, PAPER, describe, style
 NAMES = ("Teacher", "Distilled student", "Plain student")
 COLORS = (TEACHER, STUDENT, PLAIN)
 _LINES = ("-", "-", (0, (4, 1.6)))
+_FLOOR = 1e-4
+"""Singular values below this share of the largest are not shown."""
 _STRIPS = ("#8B949E", "#C9D1D9")
 
 
@@ -58,9 +60,9 @@ def icc_triptych(
     """Channel correlations of a teacher, of its student, and of a student that had no teacher.
 
     All matrices have one order of channels, that of a hierarchical clustering of the teacher's;
-    the students' maps have been brought to the teacher's channels by their lift. Below: what
-    differs from the teacher, the figures of diversity, the histogram of all pairs of channels and
-    the singular values.
+    the students' maps have been brought to the teacher's channels by their lift. White is the
+    median of the teacher's pairs. Below: what differs from the teacher, the figures of diversity,
+    the histogram of all pairs of channels and the singular values.
 
     Args:
         teacher: diagnostics of its tap.
@@ -119,7 +121,7 @@ def _draw_matrices(
         matrix(ax, order.arrange(network.correlation), norm)
         _mark_groups(ax, order)
         title(ax, network.name, _subtitle(network), network.color)
-    color_bar(panels, norm, "mean correlation (white: teacher's median)")
+    color_bar(panels, norm, "mean correlation (white: the median)")
 
 
 def _subtitle(network: _Network) -> str:
@@ -219,7 +221,8 @@ def _draw_spectrum(ax: Axes, networks: Sequence[_Network]) -> None:
             look = {"color": network.color, "linestyle": network.line, "marker": ""}
             ax.plot(place, 100 * kept, label=network.name, **look)
         ax.set_yscale("log")
-        floor = ax.get_ylim()[0]
+        highest = max(float(network.found.spectrum[0]) for network in networks)
+        floor = max(ax.get_ylim()[0], 100 * _FLOOR * highest)
         for network in networks:
             values = network.found.spectrum.numpy()
             rank = network.found.effective_rank

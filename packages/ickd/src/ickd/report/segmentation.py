@@ -28,15 +28,15 @@ class _Column(NamedTuple):
 
     name: str
     color: str
-    classes: Int[Tensor, "images height width"] | None
+    classes: Int[Tensor, "images _ _"] | None
 
 
 def segmentation_overlays(
     images: Float[Tensor, "images 3 height width"] | UInt8[Tensor, "images 3 height width"],
     truth: Int[Tensor, "images height width"],
-    student: Int[Tensor, "images height width"],
-    plain: Int[Tensor, "images height width"] | None = None,
-    teacher: Int[Tensor, "images height width"] | None = None,
+    student: Int[Tensor, "images _ _"],
+    plain: Int[Tensor, "images _ _"] | None = None,
+    teacher: Int[Tensor, "images _ _"] | None = None,
     *,
     class_names: Sequence[str],
     background: int | None = 0,

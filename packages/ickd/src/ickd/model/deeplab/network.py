@@ -87,7 +87,7 @@ class DeepLab(nn.Module):
         logits, last = self.decoder.with_tap(self.aspp.activate(projected), features.low)
         maps = (*features.distilled, projected, last)
         logits = resize(logits, (x.shape[2], x.shape[3]))
-        return Taps(maps=maps, preacts=maps, logits=logits, last=last)
+        return Taps(maps=maps, preacts=maps, logits=logits, last=last, stem=False)
 
 
 def create_deeplab(backbone: str, num_classes: int = 21, output_stride: int = 16) -> DeepLab:

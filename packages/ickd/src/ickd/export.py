@@ -1,0 +1,182 @@
+"""One network as a file for use elsewhere: ONNX, or torch's exported program.
+
+The graph takes pixels in 0..1: the network's normalisation, and its resolution where it has one,
+are part of it. The number of images is free, their size is not. A file is read again and must
+answer as the network does before it takes its place.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ickd.networks import Network
+from tenfold.errors import UserError
+
+Format = Literal["onnx", "pt2"]
+
+TOLERANCE: dict[str, float] = {"onnx": 1e-4, "pt2": 1e-5, "safetensors": 1e-5}
+"""Largest difference from the network's outputs, relative to the largest of them, by format."""
+
+# neither is the batch size that the graph was traced with
+_TRACED, _CHECKED = 2, (1, 3)
+
+Run = Callable[[Tensor], Tensor]  # pixels -> logits
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file of an export.
+
+    Attributes:
+        format: "onnx", "pt2" or "safetensors".
+        path: the file, or folder.
+        image_size: side of the images that it takes, in pixels.
+        deviation: largest difference from the network, relative to its largest output; None if
+            they were not compared.
+    """
+
+    format: str
+    path: Path
+    image_size: int
+    deviation: float | None
+
+    def __str__(self) -> str:
+        if self.deviation is None:
+            return f"{self.path}: not compared with the network"
+        sizes = ", ".join(map(str, _CHECKED))
+        limit = TOLERANCE[self.format]
+        return (
+            f"{self.path}: differs by {self.deviation:.1e} (limit {limit:g}) of the largest "
+            f"output at batch sizes {sizes}"
+        )
+
+
+def export_graph(
+    network: Network,
+    path: str | Path,
+    format: Format = "onnx",
+    image_size: int | None = None,
+    *,
+    check: bool = True,
+) -> Exported:
+    """Write a network as a graph from pixels (batch, colours, size, size) to "logits".
+
+    Args:
+        network: it is not changed; what is written is its behaviour in eval mode, in float32.
+        path: the file; what stood there is replaced when the new one has passed.
+        format: "onnx" or "pt2" (torch.export).
+        image_size: side of the images; what the network usually sees if left out.
+        check: compare the file with the network.
+
+    Raises:
+        UserError: an unknown format, or packages that it needs are missing.
+        RuntimeError: the file does not answer as the network does.
+    """
+    check_format(format)
+    path, size = Path(path), image_size or network.example_size
+    still = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(still, (_pixels(still, _TRACED, size),), dynamic_shapes=shapes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        _write(program, part, format)
+        deviation = _compare(still, open_graph(part, format), format, size) if check else None
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return Exported(format, path, size, deviation)
+
+
+def check_format(format: str) -> None:
+    """Make sure that a graph can be written in this format here.
+
+    Raises:
+        UserError: an unknown format, or packages that it needs are missing.
+    """
+    if format not in get_args(Format):
+        fix = f"choose {', '.join(get_args(Format))}"
+        raise UserError(f"unknown format {format!r} of a graph", fix=fix)
+    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
+    lacking = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
+    if lacking:
+        raise UserError(f"format onnx needs {lacking}", fix="pip install ickd[export]")
+
+
+def open_graph(path: str | Path, format: Format) -> Run:
+    """A written graph as a function, pixels in 0..1 -> logits, on the CPU."""
+    if format == "pt2":
+        return torch.export.load(path).module()
+    import onnxruntime  # an extra: only those who export ONNX have it
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(pixels: Tensor) -> Tensor:
+        (logits,) = session.run(["logits"], {"pixels": pixels.contiguous().numpy()})
+        return torch.as_tensor(logits)
+
+    return run
+
+
+@torch.no_grad()
+def deviation_between(expected: Run, actual: Run, network: Network, size: int) -> float:
+    """Largest difference of two functions on images of noise, relative to the largest output.
+
+    Args:
+        expected: what is right.
+        actual: what is compared with it.
+        network: whose images these are.
+        size: their side.
+    """
+    largest = 0.0
+    for batch in _CHECKED:
+        pixels = _pixels(network, batch, size)
+        right, found = expected(pixels), actual(pixels)
+        scale = float(right.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        largest = max(largest, float((found - right).abs().max()) / scale)
+    return largest
+
+
+def check_deviation(deviation: float, format: str, what: str) -> float:
+    """Give back a deviation within the limit of a format.
+
+    Raises:
+        RuntimeError: it is beyond.
+    """
+    if not deviation <= TOLERANCE[format]:
+        limit = f"{deviation:.2g} of its largest output, more than {TOLERANCE[format]:g}"
+        raise RuntimeError(f"{what} differs from the network by {limit}")
+    return deviation
+
+
+def _compare(network: Network, run: Run, format: str, size: int) -> float:
+    deviation = deviation_between(network, run, network, size)
+    return check_deviation(deviation, format, f"the {format} file")
+
+
+def _pixels(network: Network, batch: int, size: int) -> Tensor:
+    shape = (batch, len(network.expects.mean), size, size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(batch))
+
+
+def _write(program: Any, path: Path, format: Format) -> None:
+    if format == "pt2":
+        torch.export.save(program, path)
+        return
+    options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
+    with warnings.catch_warnings():
+        # of torch's own exporter about its own libraries
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        torch.onnx.export(
+            program, (), path, input_names=["pixels"], output_names=["logits"], **options
+        )
