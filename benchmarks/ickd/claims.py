@@ -35,28 +35,22 @@ class Part:
     Attributes:
         recipe: of the students.
         teacher: recipe of the teacher.
-        losses: by the name in the table; the value is what `compare_losses` takes.
+        losses: as `compare_losses` takes them.
         weights: of losses, over the recipe's.
-        options: of a loss, by the name in the table: changes of the model's arguments.
         seeds: most seeds that this part takes.
         one_teacher: for all seeds; else each seed has its own.
     """
 
     recipe: str
     teacher: str
-    losses: dict[str, str]
+    losses: tuple[str, ...]
     weights: dict[str, float] = field(default_factory=dict)
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: int = 5
     one_teacher: bool = False
 
 
 _TOY = {"kd": 1.0, "ickd": 4.0, "mse": 2.0}
-_FIVE = {"none": "none", "kd": "kd", "ickd": "ickd", "kd+ickd": "kd+ickd", "mse": "mse"}
-
-
-def _grid(side: int) -> dict[str, Any]:
-    return {"losses": {"ickd": {"weight": 2.0, "grid": [side, side], "embed": False}}}
+_FIVE = ("none", "kd", "ickd", "kd+ickd", "mse")
 
 
 PARTS = {
@@ -65,27 +59,19 @@ PARTS = {
     "blobs": Part(
         "blobs",
         "blobs-teacher",
-        {
-            "none": "none",
-            "ickd 1x1": "ickd",
-            "ickd 2x2": "ickd",
-            "ickd 4x4": "ickd",
-            "ickd 6x6": "ickd",
-            "ickd 12x12": "ickd",
-            "kd": "kd",
-            "kd+ickd 6x6": "kd+ickd",
-            "mse": "mse",
-        },
-        {"kd": 1.0, "mse": 2.0},
-        {
-            **{f"ickd {side}x{side}": _grid(side) for side in (1, 2, 4, 6, 12)},
-            "kd+ickd 6x6": _grid(6),
-        },
+        (
+            "none",
+            *(f"ickd_grid:{n}x{n}" for n in (1, 2, 4, 6, 12)),
+            "kd",
+            "kd+ickd_grid:6x6",
+            "mse",
+        ),
+        {"kd": 1.0, "ickd_grid": 2.0, "mse": 2.0},
     ),
     "cifar": Part(
         "cifar10-cpu",
         "cifar10-cpu-teacher",
-        {"none": "none", "kd": "kd", "ickd": "ickd", "kd+ickd": "kd+ickd"},
+        ("none", "kd", "ickd", "kd+ickd"),
         {"kd": 1.0, "ickd": 2.5},
         seeds=3,
         one_teacher=True,
@@ -174,20 +160,16 @@ def train_teacher(recipe: str, folder: Path, seed: int, data: dict[str, Any]) ->
 
 
 def train_student(
-    part: Part, name: str, folder: Path, seed: int, teacher: Path | None, data: dict[str, Any]
+    part: Part, losses: str, folder: Path, seed: int, teacher: Path | None, data: dict[str, Any]
 ) -> dict[str, Any]:
     """One student, and its score."""
-    losses = part.losses[name]
-    model = dict(part.options.get(name, {}))
-    if teacher is not None:
-        model["teacher_ckpt"] = str(teacher)
     found = compare_losses(
         part.recipe,
         [losses],
-        folder / name.replace(" ", "-") / str(seed),
+        folder / losses.replace(":", "-") / str(seed),
         seeds=[seed],
         weights=part.weights,
-        model=model,
+        model={} if teacher is None else {"teacher_ckpt": str(teacher)},
         data=data,
         accelerator="cpu",
         progress=False,

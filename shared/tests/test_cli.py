@@ -131,6 +131,28 @@ def test_bad_arguments_are_told_in_one_line(error_line, argv, line):
     assert error_line(argv) == line
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("show list", ("list", None, "auto", None)),
+        ("show one line", ("one", "line", "auto", None)),
+        ("show one --name line --from there", ("one", "line", "there", None)),
+        ("show one --sizes 3 16 16 --from=x", ("one", None, "x", [3, 16, 16])),
+        ("show one --sizes [3,16]", ("one", None, "auto", [3, 16])),
+    ],
+)
+def test_optional_words_lists_and_words_of_python(run, line, wanted):
+    assert run(line) == 0
+    assert importlib.import_module("toy.commands").calls[-1] == wanted
+
+
+def test_help_spells_an_option_as_it_is_typed(run, capsys):
+    assert run("show --help") == 0
+    text = capsys.readouterr().out
+    assert "--from " in text
+    assert "--from-" not in text
+
+
 # -- exit status ------------------------------------------------------------------------------
 
 

@@ -53,6 +53,20 @@ def test_fit_writes_its_config_and_test_needs_no_more_than_the_checkpoint(run, t
     assert (table[0], len(table)) == ("first,last", 7)  # three batches of two
 
 
+def test_a_class_that_a_recipe_names_keeps_its_own_defaults(run, tmp_path):
+    # not those that the app's class has for arguments of the same names
+    (tmp_path / "mine.yaml").write_text(
+        "model: {class_path: toy.module.Deep}\ndata: {class_path: toy.data.FewRows}\n"
+        "trainer: {max_epochs: 1}\n"
+    )
+    assert run("fit --config mine.yaml") == 0
+    config = yaml.safe_load((tmp_path / "runs/tenfold/mine/config.yaml").read_text())
+    assert config["data"]["init_args"] == {"batch_size": 2, "rows": 4}
+    assert config["model"]["init_args"] == {"width": 3, "depth": 2, "lr": 0.1}
+    assert run("test --ckpt runs/tenfold/mine") == 0
+    assert results(tmp_path / "runs/tenfold/mine/test")["rows"] == 4.0
+
+
 def test_a_new_fit_never_writes_over_an_old_one(app, tmp_path, error_line):
     runs = tmp_path / "runs" / "tenfold"
     for folder in ("demo", "demo-2", "mine"):

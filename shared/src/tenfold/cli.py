@@ -28,6 +28,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -236,7 +237,7 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
     """Run a plain function with arguments from the command line or from `--config FILE`.
 
     Parameters without a default are positional arguments (options, if keyword-only), all others
-    options; `--flag` alone sets a bool.
+    options; `--flag` alone sets a bool. A trailing underscore is not part of an option's name.
 
     Raises:
         UserError: if the arguments do not fit the signature.
@@ -259,8 +260,12 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
     for action in parser._actions:
         if isinstance(action.default, bool):
             action.nargs, action.const = "?", True
+        for flag in [flag for flag in action.option_strings if flag.endswith("_")]:
+            # a parameter that would be a word of Python's, from_ for --from
+            action.option_strings = [flag.rstrip("_")]
+            parser._option_string_actions[flag.rstrip("_")] = action
     try:
-        values = parser.parse_args(underscored(argv))
+        values = parser.parse_args(gathered(function, placed(function, underscored(argv))))
     except argparse.ArgumentError as error:
         raise parse_error(error, prog) from error
     except UnicodeDecodeError as error:  # of a --config that is a picture, say
@@ -269,6 +274,35 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
     values.pop("config", None)
     status = function(**values)
     return status if isinstance(status, int) else 0
+
+
+def placed(function: Any, argv: list[str]) -> list[str]:
+    """Bare words in front, one for each parameter that is not keyword-only.
+
+    `zoo show resnet20` means `zoo show --name=resnet20` where only the first has no default.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    order = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    bare = itertools.takewhile(lambda word: not word.startswith("-"), argv)
+    named = [
+        word if parameter.default is parameter.empty else f"--{parameter.name}={word}"
+        for parameter, word in zip(order, bare, strict=False)
+    ]
+    return [*named, *argv[len(named) :]]
+
+
+def gathered(function: Any, argv: list[str]) -> list[str]:
+    """`--input 3 224 224` as `--input [3,224,224]`, for parameters that are lists of numbers."""
+    words = list(argv)
+    for parameter in inspect.signature(function).parameters.values():
+        if not re.search(r"list\[(int|float)\]", str(parameter.annotation)):
+            continue
+        if (flag := f"--{parameter.name}") in words:
+            start = words.index(flag) + 1
+            is_number = re.compile(r"[+-]?\.?\d[\d.eE+-]*").fullmatch
+            numbers = list(itertools.takewhile(is_number, words[start:]))
+            words[start : start + len(numbers)] = [f"[{','.join(numbers)}]"] if numbers else []
+    return words
 
 
 def load(target: str) -> Any:

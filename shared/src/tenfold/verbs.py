@@ -7,6 +7,7 @@ and callbacks that every run has. `tenfold.cli` imports this file when one of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import inspect
 import json
@@ -266,11 +267,15 @@ class VerbCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set the default classes."""
+        """Set the classes that a run has unless the command line names others."""
         for part, target in {"model": self.app.model, "data": self.app.datamodule}.items():
             if target:
                 load(target)  # its relatives can then be named without their module
-                parser.set_defaults({part: {"class_path": target.replace(":", ".")}})
+                # of the recipe, not of the app, where they differ: a class keeps what its
+                # predecessor had under the same names, so that defaults would leak from one to
+                # the other
+                chosen = _class_of(part, self.run.argv) or target.replace(":", ".")
+                parser.set_defaults({part: {"class_path": chosen}})
 
     def instantiate_classes(self) -> None:
         """Make everything, and tell in one line which optional package is missing."""
@@ -298,6 +303,16 @@ class VerbCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:  # no such accelerator, strategy or precision
             raise UserError(str(error)) from error
+
+
+def _class_of(part: str, argv: Sequence[str]) -> str | None:
+    """The class path of "model" or "data" that the last of the configs names, None without one."""
+    found = None
+    for config in (word.removeprefix("--config=") for word in argv if word.startswith("--config=")):
+        with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
+            text = config if config.startswith("{") else Path(config).read_text(encoding="utf-8")
+            found = ((yaml.safe_load(text) or {}).get(part) or {}).get("class_path") or found
+    return found
 
 
 def run_callbacks(

@@ -11,6 +11,7 @@ app = App(
     commands={
         "work": Command("toy.commands:work", "do some work"),
         "fail": Command("toy.commands:fail", "fail in many ways"),
+        "show": Command("toy.commands:show", "show something"),
     },
     shortcuts={"route": "model.init_args.route"},
 )

@@ -47,3 +47,21 @@ def fail(how: str, *, status: int) -> int:
     if how == "interrupt":
         raise KeyboardInterrupt
     return status
+
+
+def show(
+    action: str,
+    name: str | None = None,
+    *,
+    from_: str = "auto",
+    sizes: list[int] | None = None,
+) -> None:
+    """Shows something.
+
+    Args:
+        action: What to do.
+        name: Of what.
+        from_: Where from.
+        sizes: In pixels.
+    """
+    calls.append((action, name, from_, sizes))

@@ -15,3 +15,10 @@ class Rows(LightningDataModule):
         return DataLoader(rows, batch_size=self.hparams.batch_size)
 
     test_dataloader = predict_dataloader = val_dataloader = train_dataloader
+
+
+class FewRows(Rows):
+    """Has an argument of another default than its parent's."""
+
+    def __init__(self, batch_size: int = 2, rows: int = 4):
+        super().__init__(batch_size, rows)

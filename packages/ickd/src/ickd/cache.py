@@ -72,9 +72,7 @@ class TeacherCache:
         if unknown:
             fix = f"choose from {', '.join(FIELDS)}, maps, preacts"
             raise UserError(f"features have no field {', '.join(sorted(unknown))}", fix=fix)
-        if not data.deterministic:
-            what = "features can be cached only of images that always look the same"
-            raise UserError(what, fix="use --data.augment none")
+        _check_data(data)
         teacher.eval()
         place = next(teacher.parameters()).device
         batches: Iterable[Any] = data.still_loader()
@@ -101,18 +99,20 @@ class TeacherCache:
         """Read a file of `write`, if it is of this teacher and these images.
 
         Raises:
-            UserError: it is missing or damaged, or of another teacher, data set or transform.
+            UserError: it is missing or damaged, or of another teacher, data set or transform; or
+                images look different in every epoch.
         """
         path = Path(path)
+        _check_data(data)
         if not path.is_file():
             fix = "make it with ickd cache-teacher"
             raise UserError("no such file of cached features", where=str(path), fix=fix)
         try:
             with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-            belongs = json.loads(metadata.get("belongs", "{}"))
+            belongs = json.loads(metadata["belongs"])
             tensors = load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
             raise UserError("damaged, or no file of cached features", where=str(path)) from error
         for what, mine in _belongs(teacher, data).items():
             if belongs.get(what) != mine:
@@ -142,9 +142,20 @@ def _fields(taps: Taps, keep: Sequence[str]) -> dict[str, Tensor]:
     }
 
 
+def _check_data(data: Any) -> None:
+    if not all(hasattr(data, name) for name in ("deterministic", "still_loader", "fingerprint")):
+        what = "features can be cached only of a data module that tells what its images are"
+        raise UserError(what, fix="use ickd's ImageData or SegmentationData")
+    if not data.deterministic:
+        what = "features can be cached only of images that always look the same"
+        raise UserError(what, fix="use --data.augment none")
+
+
 def _belongs(teacher: Network, data: Any) -> dict[str, str]:
-    facts = json.dumps(data.fingerprint(), sort_keys=True, default=str)
-    return {
-        "teacher": teacher.fingerprint(),
-        "data set or transform": hashlib.sha256(facts.encode()).hexdigest()[:16],
-    }
+    """What a cache is of, by the name under which a person knows it."""
+    belongs = {"teacher": teacher.fingerprint()}
+    for fact, value in data.fingerprint().items():
+        text = json.dumps(value, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        belongs[f"data set or transform, by its {fact}"] = digest[:16]
+    return belongs

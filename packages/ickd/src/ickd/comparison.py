@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
+import math
 import statistics
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback
 from scipy import stats
+from torch import nn
 
-from ickd.module import Distiller, fit_recipe
-from ickd.module.objective import parse_losses
+from ickd.measure import PeakBytes
+from ickd.module import Distiller, fit_recipe, make_data
+from ickd.module.fitting import fit_teacher, teacher_recipe
+from ickd.module.objective import parse_losses, prepares_first
 from tenfold.checkpoint import atomic_file
 from tenfold.data import DataModule
 from tenfold.device import pick_device
@@ -25,11 +29,13 @@ from tenfold.errors import UserError
 from tenfold.recipes import recipe_parts
 from tenfold.training import LAST
 
-log = logging.getLogger(__name__)
-
 PLAIN = "none"
 _FIRST_STEPS = 5
 """Steps of a run that are not timed: memory is still being allocated."""
+_MEASURED = 1
+"""The step of an epoch, from 0, whose memory is measured: the optimiser has its state by then."""
+_TASK_TO_PREPARATION = 8
+"""240 epochs have 30 of preparation in front of them, where a loss needs some (section 4.2)."""
 
 
 class Difference(NamedTuple):
@@ -53,9 +59,11 @@ class Comparison:
     Attributes:
         scores: accuracy or mIoU on the test images in per cent, by loss, one a seed.
         seconds: median time of a training step by loss.
-        teacher: score of the teacher.
+        teacher: score of the teacher; NaN if it has none.
         metric: "top-1" or "mIoU".
         runs: every run, as it is in results.json.
+        memory: bytes for an image of the tensors that a training step makes, at the worst moment;
+            NaN where a run was finished by an older one.
     """
 
     scores: dict[str, list[float]]
@@ -63,6 +71,7 @@ class Comparison:
     teacher: float
     metric: str
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
 
     def difference(self, losses: str, to: str = PLAIN) -> Difference | None:
         """How much better a loss is than another one, paired by seed; None without the other."""
@@ -103,6 +112,49 @@ class StepTimes(Callback):
         return statistics.median(later) if later else None
 
 
+class StepMemory(Callback):
+    """Memory of a training step, on every device alike, see `ickd.measure.PeakBytes`.
+
+    It looks at a step of the first epoch, and at one of the first that trains the task.
+
+    Attributes:
+        bytes: for an image, the larger one; None before.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: float | None = None
+        self._meter: PeakBytes | None = None
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins to count."""
+        first = trainer.current_epoch in (0, pl_module.objective.init_epochs)
+        if not first or batch_idx != min(_MEASURED, trainer.num_training_batches - 1):
+            return
+        states = [v for one in trainer.optimizers for s in one.state.values() for v in s.values()]
+        there = [*pl_module.parameters(), *pl_module.buffers(), *states, *batch]
+        self._meter = PeakBytes(value for value in there if isinstance(value, torch.Tensor))
+        self._meter.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends it."""
+        if self._meter is not None:
+            self.bytes = max(self.bytes or 0, self._meter.peak / len(batch.image))
+            self._stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Does not count on after a step that was broken off."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._meter is not None:
+            self._meter.__exit__(None, None, None)
+            self._meter = None
+
+
 def compare_losses(
     recipe: str,
     losses: Sequence[str],
@@ -116,114 +168,218 @@ def compare_losses(
     teacher_per_seed: bool = False,
     accelerator: str = "auto",
     progress: bool = True,
+    validate: bool = False,
 ) -> Comparison:
     """Train the recipe's student with every loss and seed; what is finished is not done again.
 
+    Losses that prepare the student or an adaptor have an eighth more epochs, or the recipe's
+    `init_epochs`, in front.
+
     Args:
         recipe: names student, teacher, optimiser and data.
-        losses: such as "none", "kd", "kd+ickd@2" (with its weight); every student starts from the
-            same weights and sees the same batches in each seed.
+        losses: such as "none", "kd", "kd+ickd@2" (with its weight) or "ickd_grid:6x6" (with its
+            grid); every student starts from the same weights and sees the same batches in each
+            seed.
         out: folder of all runs, with results.json.
         seeds: of initialisation and order.
         weights: by loss, over those of the recipe and the losses' defaults.
         model: changes to the recipe's model arguments.
         data: changes to its data arguments.
-        epochs: instead of the recipe's.
+        epochs: of the task, instead of the recipe's.
         teacher_per_seed: train another teacher for each seed, where the recipe trains one.
         accelerator: Lightning's choice of device.
         progress: show it.
+        validate: measure on the validation images after every epoch.
 
     Raises:
         UserError: an unknown recipe or loss, or results of other settings in the folder.
     """
-    parts = recipe_parts("ickd", recipe)
-    arguments = {**parts["model"]["init_args"], **(model or {})}
-    plans = {name: _plan(name, arguments, weights or {}) for name in losses}
-    settings = {"recipe": recipe, "model": model, "data": data, "epochs": epochs, "plans": plans}
-    results = _Results(out / "results.json", settings, plans)
-    options = {"accelerator": accelerator, "progress": progress, "data": data}
+    plans = _plans(recipe, losses, weights or {}, model or {}, data, epochs)
+    settings = {"recipe": recipe, "model": model or {}, "data": data or {}, "epochs": epochs}
+    settings |= {"teacher_per_seed": teacher_per_seed, "plans": plans}
+    results = _Results(out / "results.json", settings)
+    options = {"accelerator": accelerator, "progress": progress}
     for seed in seeds:
-        teacher = _teacher(arguments, out, seed if teacher_per_seed else 0, results, options)
+        own = seed if teacher_per_seed else 0
+        teacher = _teacher(recipe, model or {}, out, own, results, {**options, "data": data})
         for name, plan in plans.items():
             key = f"{name}/{seed}"
-            if key not in results.runs:
-                changes = {**(model or {}), **plan, **teacher}
-                if progress:
-                    log.warning("%s, seed %d", name, seed)
-                results.add(key, _run(recipe, out / key, changes, seed, epochs, options))
+            if key in results.runs:
+                continue
+            if progress:
+                print(f"{name}, seed {seed}", file=sys.stderr)
+            changes = {**(model or {}), **plan["model"], **teacher}
+            chosen = {**options, "data": data, "epochs": plan["epochs"], "validate": validate}
+            judge = not teacher and not any("teacher" in run for run in results.runs.values())
+            results.add(key, _run(recipe, out / key, changes, seed, judge, chosen))
+    return _summary(results, losses, seeds)
+
+
+def _summary(results: _Results, losses: Sequence[str], seeds: Sequence[int]) -> Comparison:
     runs = {name: [results.runs[f"{name}/{seed}"] for seed in seeds] for name in losses}
+    trained = [run["score"] for key, run in results.runs.items() if key.startswith("teacher/")]
+    given = [run["teacher"] for run in results.runs.values() if "teacher" in run]
     return Comparison(
         {name: [run["score"] for run in found] for name, found in runs.items()},
-        {name: statistics.median(r["seconds"] for r in found) for name, found in runs.items()},
-        statistics.fmean(v["score"] for k, v in results.runs.items() if k.startswith("teacher/"))
-        if any(k.startswith("teacher/") for k in results.runs)
-        else float("nan"),
+        {name: _median(run["seconds"] for run in found) for name, found in runs.items()},
+        statistics.fmean(trained or given or [math.nan]),
         next(iter(results.runs.values()))["metric"],
         dict(results.runs),
+        {name: _median(run.get("bytes") for run in found) for name, found in runs.items()},
     )
 
 
-def _plan(name: str, arguments: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
-    """Arguments of the model for "kd+ickd": losses with their weights, and the cross-entropy's."""
+def _median(values: Iterable[float | None]) -> float:
+    """Of what was measured; NaN if nothing was."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return statistics.median(known) if known else math.nan
+
+
+# -- what is to be run -------------------------------------------------------------------------
+
+
+def _plans(
+    recipe: str,
+    losses: Sequence[str],
+    weights: Mapping[str, float],
+    model: Mapping[str, Any],
+    data: Mapping[str, Any] | None,
+    epochs: int | None,
+) -> dict[str, dict[str, Any]]:
+    """For every loss its epochs and its arguments of the model."""
+    parts = recipe_parts("ickd", recipe)
+    own: dict[str, Any] = parts["model"]["init_args"]
+    arguments = {**own, **model}
+    task = epochs or parts["trainer"]["max_epochs"] - own.get("init_epochs", 0)
+    usual = arguments.get("init_epochs") or max(1, round(task / _TASK_TO_PREPARATION))
+    plans = {}
+    for name in losses:
+        chosen, ce_weight = _weighted(name, arguments, weights)
+        _count_items(chosen, recipe, data)
+        first = usual if any(map(prepares_first, chosen)) else 0
+        plan = {"losses": chosen or None, "ce_weight": ce_weight, "init_epochs": first}
+        plan |= {} if chosen else {"teacher": None, "teacher_cache": None}
+        plans[name] = {"model": plan, "epochs": task + first}
+    return plans
+
+
+def _weighted(
+    name: str, arguments: Mapping[str, Any], weights: Mapping[str, float]
+) -> tuple[dict[str, Any], float]:
+    """The losses of "kd+ickd" with their weights, and the weight of the cross-entropy."""
     configured = arguments.get("losses") or {}
     configured = configured if isinstance(configured, Mapping) else {}
     chosen: dict[str, Any] = {}
     for place in name.split("+"):
-        part, _, weight = place.partition("@")
+        part, grid, weight = read_place(place)
         if part == PLAIN:
             continue
-        default = loss_class(part).default_weight
-        value = configured.get(part, default)
-        given = float(weight) if weight else weights.get(part)
-        if given is not None:
-            value = {**value, "weight": given} if isinstance(value, Mapping) else given
-        chosen[part] = value
+        value = configured.get(part, loss_class(part).default_weight)
+        options = dict(value) if isinstance(value, Mapping) else {"weight": value}
+        given = weights.get(part) if weight is None else weight
+        options |= {} if given is None else {"weight": given}
+        options |= {} if grid is None else {"grid": grid}
+        chosen[part] = options if {*options} != {"weight"} else options["weight"]
     parse_losses(chosen)  # tells of a wrong weight before anything is trained
-    alone = len(chosen) == 1 and "@" not in name and not {*chosen} & {*weights, *configured}
-    ce_weight = loss_class(next(iter(chosen))).default_ce_weight if alone else 1.0
-    plan: dict[str, Any] = {"losses": chosen or None, "ce_weight": ce_weight}
-    return plan if chosen else {**plan, "teacher": None, "teacher_cache": None}
+    if len(chosen) == 1 and "@" not in name and not {*chosen} & {*weights, *configured}:
+        return chosen, loss_class(next(iter(chosen))).default_ce_weight
+    mixed = {*chosen} & {*configured}
+    return chosen, float(arguments.get("ce_weight", 1.0)) if mixed else 1.0
+
+
+def read_place(place: str) -> tuple[str, list[int] | None, float | None]:
+    """A loss as it is written in a comparison, such as ickd_grid:6x6@2: name, grid and weight.
+
+    Raises:
+        UserError: a grid or a weight that is none.
+    """
+    head, _, weight = place.partition("@")
+    name, _, grid = head.partition(":")
+    try:
+        cells = [int(side) for side in grid.split("x")] if grid else None
+        if cells is not None and len(cells) != 2:
+            raise ValueError
+        return name, cells, float(weight) if weight else None
+    except ValueError:
+        what = f"a loss is a name, a grid behind : and a weight behind @, got {place!r}"
+        raise UserError(what, fix="write such as ickd_grid:6x6@2") from None
+
+
+def _count_items(chosen: dict[str, Any], recipe: str, data: Mapping[str, Any] | None) -> None:
+    """Tells a loss that remembers the training images how many there are."""
+    for name, value in chosen.items():
+        given = dict(value) if isinstance(value, Mapping) else {"weight": value}
+        if hasattr(loss_class(name), "set_labels") and "n_data" not in given:
+            images: Any = make_data(recipe, data)
+            chosen[name] = given | {"n_data": len(images.train_labels())}
+
+
+# -- runs --------------------------------------------------------------------------------------
 
 
 def _teacher(
-    arguments: Mapping[str, Any], out: Path, seed: int, results: _Results, options: dict[str, Any]
+    recipe: str,
+    model: Mapping[str, Any],
+    out: Path,
+    seed: int,
+    results: _Results,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Where the teacher's weights are; trained first by the recipe's own recipe if need be."""
-    recipe = arguments.get("teacher_recipe")
-    if arguments.get("teacher_ckpt") is not None or recipe is None:
+    arguments = {**recipe_parts("ickd", recipe)["model"]["init_args"], **model}
+    chosen = teacher_recipe(arguments)
+    if chosen is None:
         return {}
     folder, key = out / f"teacher-{seed}", f"teacher/{seed}"
     if key not in results.runs:
-        classes = arguments.get("num_classes")
-        model = {} if classes is None else {"num_classes": classes}
-        results.add(key, _run(recipe, folder, model, seed, None, options))
+        given = {**options, "data": options["data"] or {}}
+        module, data = fit_teacher(chosen, folder, arguments, seed=seed, **given)
+        metric, score = evaluate(module, module.student, data, options["accelerator"])
+        results.add(key, {"score": 100 * score, "metric": metric})
     return {"teacher_ckpt": str(folder / LAST)}
 
 
 def _run(
     recipe: str,
     folder: Path,
-    model: dict[str, Any],
+    model: Mapping[str, Any],
     seed: int,
-    epochs: int | None,
+    judge: bool,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    clock = StepTimes()
+    """Train and measure a student; with `judge` also its teacher, where it tells the same classes.
+
+    Returns:
+        score and teacher in per cent, metric, seconds of a step, bytes of a step for an image.
+    """
+    clock, memory = StepTimes(), StepMemory()
     module, data = fit_recipe(
-        recipe, folder, model=model, seed=seed, epochs=epochs, callbacks=[clock], **options
+        recipe, folder, model=model, seed=seed, callbacks=[clock, memory], **options
     )
-    metric, score = evaluate(module, data, options["accelerator"])
-    return {"score": 100 * score, "metric": metric, "seconds": clock.median or float("nan")}
+    metric, score = evaluate(module, module.student, data, options["accelerator"])
+    run = {"score": 100 * score, "metric": metric, "seconds": clock.median, "bytes": memory.bytes}
+    if judge and module.teacher is not None and module.comparable:
+        run["teacher"] = 100 * evaluate(module, module.teacher, data, options["accelerator"])[1]
+    return run
 
 
 @torch.no_grad()
-def evaluate(module: Distiller, data: DataModule, accelerator: str = "auto") -> tuple[str, float]:
-    """The metric's name and the student's score on the test images, in 0..1."""
+def evaluate(
+    module: Distiller, network: nn.Module, data: DataModule, accelerator: str = "auto"
+) -> tuple[str, float]:
+    """The metric's name and a network's score on the test images, in 0..1.
+
+    Args:
+        module: whose metric is taken.
+        network: its student or its teacher.
+        data: with test images.
+        accelerator: Lightning's choice of device.
+    """
     place = pick_device({"gpu": "cuda"}.get(accelerator, accelerator))
     module = module.to(place).eval()
     module.score.reset()
     for batch in data.test_dataloader():
-        module.score.update(module.student(batch.image.to(place)), batch.label.to(place))
+        module.score.update(network(batch.image.to(place)), batch.label.to(place))
     found = module.score.compute()
     module.score.reset()
     return ("mIoU", float(found["miou"])) if module.dense else ("top-1", float(found))
@@ -232,17 +388,14 @@ def evaluate(module: Distiller, data: DataModule, accelerator: str = "auto") -> 
 class _Results:
     """results.json: the settings and the finished runs."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], plans: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.content: dict[str, Any] = {"settings": {}, "runs": {}}
         if path.is_file():
-            try:
-                self.content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError("no JSON of results", where=str(path), fix="remove it") from error
+            self.content = _read(path)
         known = self.content["settings"]
         mine = json.loads(json.dumps(settings, default=str))
-        for key in ("recipe", "model", "data", "epochs"):
+        for key in ("recipe", "model", "data", "epochs", "teacher_per_seed"):
             if known and known.get(key) != mine[key]:
                 raise UserError(
                     f"the folder holds results of another {key}: {known.get(key)}, not {mine[key]}",
@@ -270,3 +423,13 @@ class _Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as file:
             file.write((json.dumps(self.content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.keys() >= {"settings", "runs"}:
+            return content
+    except (ValueError, AttributeError):
+        pass
+    raise UserError("no JSON of results", where=str(path), fix="remove it")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch._dynamo.exc as torch_dynamo
 from torch import Tensor
 
 from ickd.networks import Network
@@ -78,14 +79,14 @@ def export_graph(
         check: compare the file with the network.
 
     Raises:
-        UserError: an unknown format, or packages that it needs are missing.
+        UserError: an unknown format, packages that it needs are missing, or a network that cannot
+            be traced.
         RuntimeError: the file does not answer as the network does.
     """
     check_format(format)
     path, size = Path(path), image_size or network.example_size
     still = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(still, (_pixels(still, _TRACED, size),), dynamic_shapes=shapes)
+    program = _trace(still, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
@@ -156,6 +157,18 @@ def check_deviation(deviation: float, format: str, what: str) -> float:
         limit = f"{deviation:.2g} of its largest output, more than {TOLERANCE[format]:g}"
         raise RuntimeError(f"{what} differs from the network by {limit}")
     return deviation
+
+
+def _trace(network: Network, size: int) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim("batch")},)
+    try:
+        return torch.export.export(
+            network, (_pixels(network, _TRACED, size),), dynamic_shapes=shapes
+        )
+    except (RuntimeError, ValueError, AssertionError, torch_dynamo.UserError) as error:
+        line = str(error).partition("\n")[0]
+        what = f"torch.export cannot trace {network.name} on {size}x{size} pixels: {line}"
+        raise UserError(what, fix="try another --image-size, or --format safetensors") from error
 
 
 def _compare(network: Network, run: Run, format: str, size: int) -> float:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ickd.networks import Network
 from tenfold.device import channels_last
+
+_Pairs = list[tuple[str, str]]
 
 AGREES_TO = 1e-3
 """Share of a feature's largest entry by which folding may change it."""
@@ -21,61 +26,90 @@ def fold(network: Network) -> Network:
     """A copy in eval mode that computes the same with fewer layers, in channels-last order.
 
     Which batch norm follows which convolution is found by running an example: the norm's input is
-    the very tensor that the convolution gave. What is folded is compared with what was there on
-    random images; where it differs, as when something else reads the tensor between the two, the
-    copy is left unfolded.
+    the very tensor that the convolution gave. A norm of timm that ends in an activation leaves the
+    activation behind. What is folded is compared with what was there on random images; where it
+    differs, as when something else reads the tensor between the two, norm and convolution stay.
 
     Args:
         network: on any device; not changed.
     """
     plain = copy.deepcopy(network).eval().requires_grad_(False)
+    read = {name.partition(":")[0] for name in plain.tap_names}
+    pairs = _followers(plain.net, plain.prepare(plain.example(1)))
+    example = plain.example(2)
+    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+    pairs = _harmless(plain, [pair for pair in pairs if pair[0] not in read], noise)
+    folded = _folded(plain, pairs)
+    chosen = folded if _agree(plain, folded, noise) else plain
+    chosen.net = channels_last(chosen.net)
+    return chosen
+
+
+def _harmless(plain: Network, pairs: _Pairs, pixels: Tensor) -> _Pairs:
+    """The pairs whose folding changes nothing; those that do are found by halving."""
+    if not pairs or _agree(plain, _folded(plain, pairs), pixels):
+        return pairs
+    half = len(pairs) // 2
+    parts = (pairs[:half], pairs[half:]) if half else ()
+    return [pair for part in parts for pair in _harmless(plain, part, pixels)]
+
+
+def _folded(plain: Network, pairs: _Pairs) -> Network:
     folded = copy.deepcopy(plain)
-    pairs = _followers(folded.net, folded.prepare(folded.example(1)))
     for conv_name, norm_name in pairs:
         conv, norm = folded.net.get_submodule(conv_name), folded.net.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
         folded.net.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
-        folded.net.set_submodule(norm_name, nn.Identity())
-    pixels = torch.rand_like(network.example(2))
-    chosen = folded if _agree(plain, folded, pixels) else plain
-    chosen.net = channels_last(chosen.net)
-    return chosen
+        folded.net.set_submodule(norm_name, _left_behind(norm))
+    return folded.eval()
 
 
-def _followers(net: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+def _followers(net: nn.Module, x: Tensor) -> _Pairs:
     """Names of (convolution, batch norm) where the second reads the first's output, once each."""
-    made: dict[int, tuple[str, Tensor]] = {}
-    pairs: list[tuple[str, str]] = []
-    runs: dict[str, int] = {}
-    hooks = []
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
+    seen = _Seen()
+    with ExitStack() as stack:
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d):
+                hook = module.register_forward_hook(partial(seen.made, name))
+                stack.callback(hook.remove)
+            elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+                hook = module.register_forward_pre_hook(partial(seen.read, name))
+                stack.callback(hook.remove)
+        net(x)
+    return [pair for pair in seen.pairs if seen.runs[pair[0]] == seen.runs[pair[1]] == 1]
 
-            def note(_: Any, __: Any, output: Tensor, name: str = name) -> None:
-                made[id(output)] = (name, output)  # kept alive, so that no other has its id
-                runs[name] = runs.get(name, 0) + 1
 
-            hooks.append(module.register_forward_hook(note))
-        elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+class _Seen:
+    """What convolutions gave and batch norms read, and how often each ran."""
 
-            def pair(_: Any, inputs: Any, name: str = name) -> None:
-                source = made.get(id(inputs[0]))
-                runs[name] = runs.get(name, 0) + 1
-                if source is not None:
-                    pairs.append((source[0], name))
+    def __init__(self) -> None:
+        self.outputs: dict[int, tuple[str, Tensor]] = {}  # kept alive: no other has their id
+        self.pairs: _Pairs = []
+        self.runs: Counter[str] = Counter()
 
-            hooks.append(module.register_forward_pre_hook(pair))
-    net(x)
-    for hook in hooks:
-        hook.remove()
-    return [pair for pair in pairs if runs[pair[0]] == runs[pair[1]] == 1]
+    def made(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.outputs[id(output)] = name, output
+        self.runs[name] += 1
+
+    def read(self, name: str, module: nn.Module, inputs: Any) -> None:
+        self.runs[name] += 1
+        source = self.outputs.get(id(inputs[0]))
+        if source is not None:
+            self.pairs.append((source[0], name))
+
+
+def _left_behind(norm: nn.Module) -> nn.Module:
+    """What a norm does besides normalising: nothing, but for timm's norms with an activation."""
+    activation = getattr(norm, "act", None)
+    return activation if isinstance(activation, nn.Module) else nn.Identity()
 
 
 def _agree(plain: Network, folded: Network, pixels: Tensor) -> bool:
     ours, theirs = plain.taps(pixels), folded.taps(pixels)
     pairs = [*zip(ours.maps, theirs.maps, strict=True), (ours.logits, theirs.logits)]
     pairs += [*zip(ours.preacts, theirs.preacts, strict=True), (ours.last, theirs.last)]
+    pairs.append((ours.pooled, theirs.pooled))
     return all(
         float((a - b).abs().max()) <= AGREES_TO * float(a.abs().max())
         for a, b in pairs

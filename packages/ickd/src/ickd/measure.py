@@ -204,7 +204,7 @@ class PeakBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self,
         func: Any,
         types: Any,
@@ -292,7 +292,7 @@ def icc_formula(
     if not low_memory:
         return cells * c * c * (p + q), cells * FLOAT * 7 * c * c
     backward = 4 * c * p + p * (p + q)
-    forward = c * (p + 2 * q) + p * (p + q) + q * q  # worse where the teacher's map is larger
+    forward = c * (p + 2 * q) + p * (p + q)  # worse where the teacher's map is larger
     macs = 2 * c * (p * p + q * q + p * q)
     return cells * macs, cells * FLOAT * max(backward, forward)
 

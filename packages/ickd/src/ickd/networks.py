@@ -1,14 +1,17 @@
 """Networks by name, each with its own normalisation and resolution, behind one interface.
 
 A name is "kind:name": "zoo:resnet20" (CIFAR), "embedded:gratings-student", "deeplab:resnet18",
-"timm:resnet18", "torchvision:resnet18", or "python:package.module:function" for one's own.
+"timm:resnet18", "torchvision:resnet18", or "python:package.module:function" for one's own. Behind a
+dot may stand which of several published weights is meant: "timm:resnet18.a1_in1k",
+"torchvision:resnet50.IMAGENET1K_V1".
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ickd import zoo
 from ickd.convert import convert_checkpoint
-from ickd.model.deeplab import create_deeplab
+from ickd.model.deeplab import DeepLab, create_deeplab, load_backbone
 from ickd.model.embedded import EMBEDDED
 from ickd.synthetic import BLOBS_MEAN, BLOBS_STD, GRATINGS_MEAN, GRATINGS_STD
 from ickd.taps import suggest, tap
-from tenfold.checkpoint import compare_keys
+from tenfold.checkpoint import WEIGHTS_FILE, compare_keys, strip_prefix
 from tenfold.distillation import Taps
 from tenfold.errors import UserError
 from tenfold.training import LAST
@@ -60,7 +64,12 @@ class Network(nn.Module):
         expects: its normalisation and resolution.
         tap_names: modules to read, shallow to deep; if left out, what the network's own `taps`
             gives, or what `ickd.taps.suggest` finds.
-        example_size: side of the images on which taps are looked for.
+        example_size: side of the images on which taps are looked for; what a network of timm is
+            made for, else 64, if left out.
+        options: arguments of `open_network` that built it, besides its name and its input.
+
+    Raises:
+        UserError: mean and std that do not fit, or a network that cannot take the example.
     """
 
     def __init__(
@@ -69,22 +78,36 @@ class Network(nn.Module):
         name: str = "",
         expects: Input | None = None,
         tap_names: Sequence[str] = (),
-        example_size: int = 64,
+        example_size: int | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.net, self.name = net, name or type(net).__name__
-        self.expects = expects or Input()
-        if len(self.expects.mean) != len(self.expects.std) or min(self.expects.std) <= 0:
+        self.expects, self.options = expects or Input(), dict(options or {})
+        mean, std = self.expects.mean, self.expects.std
+        if not std or len(mean) != len(std) or min(std) <= 0:
             raise UserError(f"mean and std of {self.name} must be as long, and std above 0")
         for key in ("mean", "std"):
             values = torch.tensor(getattr(self.expects, key)).view(-1, 1, 1)
             self.register_buffer(key, values, persistent=False)
-        self.example_size = self.expects.size or example_size
+        self.example_size = self.expects.size or example_size or _timm_size(net) or 64
         self._classifier = _classifier(net)
         self.tap_names = tuple(tap_names)
         self.stem = not tap_names
         if not (tap_names or hasattr(net, "taps")):
-            self.tap_names = tuple(suggest(net, self.example(1))[0])
+            self.tap_names = self._suggested()
+
+    def _suggested(self) -> tuple[str, ...]:
+        images = self.example(1)
+        try:
+            return tuple(suggest(self.net, images)[0])
+        except UserError:
+            raise
+        except Exception as error:  # whatever the network raises for images it does not like
+            what = f"{self.name} does not take images {tuple(images.shape)}: {_first_line(error)}"
+            fix = "name its taps, or give the image_size or example_size that it wants"
+            raise UserError(what, fix=fix) from error
 
     def example(self, batch: int) -> Tensor:
         """Images of the right size, of zeros, where the weights are."""
@@ -117,17 +140,23 @@ class Network(nn.Module):
             return own.taps(x)
         pooled: list[Tensor] = []
         with tap(self.net, self.tap_names) as features:
-            watch = self._classifier and self._classifier.register_forward_pre_hook(
-                lambda _, arguments: pooled.append(arguments[0])
-            )
+            watch = self._watch(pooled)
             try:
                 logits = self.net(x)
             finally:
-                if watch:
+                if watch is not None:
                     watch.remove()
         maps = tuple(features[name] for name in self.tap_names)
         vector = pooled[-1] if pooled and pooled[-1].ndim == 2 else maps[-1].mean((2, 3))
         return Taps(maps, vector, logits, stem=self.stem)
+
+    def _watch(self, pooled: list[Tensor]) -> RemovableHandle | None:
+        """Puts what the classifier reads into a list; by its name, which copies keep."""
+        if self._classifier is None:
+            return None
+        return self.net.get_submodule(self._classifier).register_forward_pre_hook(
+            lambda _, arguments: pooled.append(arguments[0])
+        )
 
     def fingerprint(self) -> str:
         """A hash of name, input and weights: what cached features belong to."""
@@ -138,14 +167,22 @@ class Network(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def _classifier(net: nn.Module) -> nn.Module | None:
-    """The layer whose input is the pooled vector: timm tells; else the last linear layer."""
+def _classifier(net: nn.Module) -> str | None:
+    """Name of the layer that reads the pooled vector: timm tells; else the last linear layer."""
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear)}
     if hasattr(net, "get_classifier"):
         timm_net: Any = net
-        found = timm_net.get_classifier()
-        return found if isinstance(found, nn.Linear) else None
-    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    return layers[-1] if layers else None
+        head = timm_net.get_classifier()
+        return next((name for name, module in layers.items() if module is head), None)
+    return next(reversed(layers), None)
+
+
+def _timm_size(net: nn.Module) -> int | None:
+    """Side of the images that a network of timm is made for, or was published for."""
+    made_for = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    published = getattr(net, "pretrained_cfg", None) or {}
+    size = made_for or published.get("input_size")
+    return int(size[-1]) if isinstance(size, tuple | list) else None
 
 
 def open_network(
@@ -182,7 +219,7 @@ def open_network(
             raise UserError(f"num_classes must be 1 or more, got {num_classes}", where=name)
         options["num_classes"] = num_classes
     try:
-        net, expects = _BUILDERS[kind](which, options)
+        net, expects = _BUILDERS[kind](which, dict(options))
     except TypeError as error:  # an argument that the constructor does not have
         raise UserError(f"cannot build {name}: {error}", fix="look at its options") from error
     expects = Input(
@@ -191,7 +228,8 @@ def open_network(
         expects.size if image_size is None else image_size,
     )
     example = {"zoo": 32, "embedded": 24, "deeplab": 65}.get(kind, 224)
-    return Network(net, name, expects, taps, example)
+    given = {"taps": list(taps), **options} if taps else options
+    return Network(net, name, expects, taps, example, options=given)
 
 
 def _zoo(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]:
@@ -214,35 +252,64 @@ def _timm(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    if not timm.is_model(which.partition(".")[0]):
-        near = timm.list_models(f"*{which}*")[:3]
-        fix = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
-        raise UserError(f"timm has no model {which!r}", fix=fix)
+    name = which.partition(".")[0]
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
     try:
         net = timm.create_model(which, pretrained=False, **options)
-    except RuntimeError as error:  # an unknown tag of pretrained weights
-        raise UserError(f"timm cannot build {which!r}: {error}") from error
+    except (RuntimeError, ValueError, AssertionError) as error:  # an unknown tag among them
+        raise UserError(f"timm cannot build {which!r}: {_first_line(error)}") from error
     data = resolve_model_data_config(net)
-    return net, Input(tuple(data["mean"]), tuple(data["std"]), data["input_size"][-1])
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    colours = options.get("in_chans", len(mean))
+    if colours != len(mean):
+        mean, std = ((sum(values) / len(values),) * colours for values in (mean, std))
+    return net, Input(mean, std, _timm_size(net))
+
+
+_AUXILIARY = ("googlenet", "inception_v3")
+"""These give several logits in training, and were published for inputs scaled otherwise."""
 
 
 def _torchvision(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]:
     from torchvision import models
 
-    if which not in models.list_models():
-        near = [m for m in models.list_models() if which in m][:3]
-        fix = f"did you mean {', '.join(near)}?" if near else "torchvision.models lists them"
-        raise UserError(f"torchvision has no model {which!r}", fix=fix)
-    return models.get_model(which, weights=None, **options), Input(IMAGENET_MEAN, IMAGENET_STD)
+    name, _, tag = which.partition(".")
+    if name not in (known := models.list_models(module=models)):
+        raise _unknown("torchvision", name, known)
+    tags = [weights.name for weights in models.get_model_weights(name)]
+    if tag and tag not in tags:
+        fix = f"there are {', '.join(tags)}"
+        raise UserError(f"torchvision has no weights {tag!r} of {name}", fix=fix)
+    if name in _AUXILIARY:
+        usual = {"aux_logits": False, "transform_input": True, "init_weights": True}
+        options = {**usual, **options}
+    try:
+        net = models.get_model(name, weights=None, **options)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"torchvision cannot build {name!r}: {_first_line(error)}") from error
+    return net, Input(IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _unknown(library: str, name: str, known: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(name, known, n=3)
+    fix = f"did you mean {', '.join(near)}?" if near else f"{library}'s list_models() has them"
+    return UserError(f"{library} has no classifier {name!r}", fix=fix)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def _python(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]:
     module, _, attribute = which.partition(":")
     try:
-        made = getattr(importlib.import_module(module), attribute)(**options)
-    except (ImportError, AttributeError) as error:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         fix = "write python:package.module:function, in a place that Python imports from"
         raise UserError(f"no such function: {error}", where=which, fix=fix) from error
+    made = function(**options)
     if not isinstance(made, nn.Module):
         raise UserError(f"{which} made a {type(made).__name__}, not a torch.nn.Module")
     return made, Input(IMAGENET_MEAN, IMAGENET_STD)
@@ -259,34 +326,71 @@ _BUILDERS = {
 
 
 def load_pretrained(network: Network) -> None:
-    """Fill in the weights that timm or torchvision publish; the classifier stays if it differs.
+    """Fill in the weights that timm or torchvision publish, those of ImageNet.
+
+    A classifier of other classes stays as it is. A DeepLab gets a backbone, those of torchvision
+    with which the published ones began (IMAGENET1K_V1).
 
     Raises:
         UserError: this kind of network has none, or they cannot be had.
     """
     kind, _, which = network.name.partition(":")
-    try:
-        if kind == "timm":
-            import timm
-
-            source = timm.create_model(which, pretrained=True).state_dict()
-        elif kind == "torchvision":
-            from torchvision import models
-
-            source = models.get_model(which, weights="DEFAULT").state_dict()
-        else:
-            fix = "give a file of weights instead"
-            raise UserError(f"nobody publishes weights of {network.name}", fix=fix)
-    except (OSError, RuntimeError, ValueError) as error:
+    if kind not in _PUBLISHED:
         fix = "give a file of weights instead"
-        raise UserError(f"no pretrained weights: {error}", where=network.name, fix=fix) from error
+        raise UserError(f"nobody publishes weights of {network.name}", fix=fix)
+    try:
+        state = _PUBLISHED[kind](network, which)
+    except Exception as error:  # the hub, the network and the disk raise many kinds
+        what = f"no pretrained weights: {_first_line(error)}"
+        fix = "check the connection, or give a file of weights instead"
+        raise UserError(what, where=network.name, fix=fix) from error
+    if isinstance(network.net, DeepLab):
+        load_backbone(network.net, state)
+        return
     own = network.net.state_dict()
-    fitting = {k: v for k, v in source.items() if k in own and v.shape == own[k].shape}
-    network.net.load_state_dict({**own, **fitting})
+    state = {key: value for key, value in state.items() if key in own}  # no auxiliary classifiers
+    for key, value in state.items():
+        if value.shape[1:] == own[key].shape[1:] and value.shape != own[key].shape:
+            state[key] = own[key]  # a classifier of other classes
+    report = compare_keys(state, own)
+    if not report.fits:
+        what = f"the pretrained weights do not fit its options: {report.summary()}"
+        raise UserError(what, where=network.name)
+    network.net.load_state_dict(state)
+
+
+def _from_timm(network: Network, which: str) -> dict[str, Tensor]:
+    import timm
+
+    # with the options, so that timm fits positions and colours to them
+    options = {key: value for key, value in network.options.items() if key != "taps"}
+    made = timm.create_model(which, pretrained=True, **{**options, "num_classes": None})
+    return made.state_dict()
+
+
+def _from_torchvision(network: Network, which: str) -> dict[str, Tensor]:
+    from torchvision import models
+
+    name, _, tag = which.partition(".")
+    weights: Any = models.get_model_weights(name)
+    chosen = weights[tag] if tag else weights.DEFAULT
+    return chosen.get_state_dict(progress=False, check_hash=True)
+
+
+def _of_backbone(network: Network, which: str) -> dict[str, Tensor]:
+    assert isinstance(network.net, DeepLab)
+    return _from_torchvision(network, f"{network.net.backbone_name}.IMAGENET1K_V1")
+
+
+_PUBLISHED = {"timm": _from_timm, "torchvision": _from_torchvision, "deeplab": _of_backbone}
 
 
 def load_weights(network: Network, path: str | Path) -> list[str]:
     """Load a file into a network: a state dict, a published checkpoint, or one of `ickd fit`.
+
+    Args:
+        network: any; all its weights must be in the file, and no others.
+        path: the file, the folder of a run, or a model folder.
 
     Returns:
         Notes for the person, such as keys that were left out.
@@ -295,11 +399,16 @@ def load_weights(network: Network, path: str | Path) -> list[str]:
         UserError: it is missing, damaged, or of another network; lists what differs.
     """
     path = Path(path)
-    path = path / LAST if path.is_dir() else path
+    if path.is_dir():
+        path /= WEIGHTS_FILE if (path / WEIGHTS_FILE).is_file() else LAST
     found = convert_checkpoint(path)
-    report = compare_keys(found.state, network.net.state_dict())
+    state, own = found.state, network.net.state_dict()
+    report = compare_keys(state, own)
+    if not report.fits and all(key.startswith("net.") for key in state):
+        state = strip_prefix(state, "net.")  # a `Network` was saved, not what is inside
+        report = compare_keys(state, own)
     if not report.fits:
         what = f"the weights are not of {network.name}: {report.summary()}"
         raise UserError(what, where=str(path), fix=f"the file seems to be of {found.network}")
-    network.net.load_state_dict(found.state)
+    network.net.load_state_dict(state)
     return list(found.notes)

@@ -48,6 +48,7 @@ _GRATINGS_NOISE = 0.6
 _TEXTURES = 5
 _ELLIPSES = 3
 _HALF_AXES = (3.0, 7.0)
+_CENTRES = (0.0, BLOBS_SIZE - 1.0)  # anywhere: the border cuts ellipses off
 _BACKGROUND_AMPLITUDE = 0.5
 _WAVE, _TINT = 1.2, 0.3  # a texture is its colour times (wave · cosine + tint)
 _BLOBS_NOISE = 0.5
@@ -323,7 +324,7 @@ def _draw_blobs(seed: int, indices: range, task_seed: int) -> _BlobScene:
     return _BlobScene(
         texture,
         waves,
-        centre=streams.between(0, BLOBS_SIZE - 1, _ELLIPSES, 2),
+        centre=streams.between(*_CENTRES, _ELLIPSES, 2),
         half_axes=streams.between(*_HALF_AXES, _ELLIPSES, 2),
         angle=streams.between(0, np.pi, _ELLIPSES),
         noise=streams.normal(3, BLOBS_SIZE, BLOBS_SIZE),

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def tap(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     Args:
         model: any network.
         names: of modules, with the suffixes of this file; where a module runs several times in a
-            pass, its last output stays.
+            pass, its last output stays. An output that the next layer overwrites, as an in-place
+            ReLU does, is seen as overwritten.
 
     Yields:
         A dict of maps (batch, channels, height, width) by name, filled by each forward pass.
@@ -44,15 +46,20 @@ def tap(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     features: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name in names:
-            module, read = find_module(model, name), _reader(name)
-
-            def keep(
-                _: nn.Module, __: Any, output: Any, name: str = name, read: Any = read
-            ) -> None:
-                features[name] = read(output)
-
-            stack.callback(module.register_forward_hook(keep).remove)
+            keep = partial(_keep, features, name, _reader(name))
+            stack.callback(find_module(model, name).register_forward_hook(keep).remove)
         yield features
+
+
+def _keep(
+    features: dict[str, Tensor],
+    name: str,
+    read: Callable[[Any], Tensor],
+    module: nn.Module,
+    inputs: Any,
+    output: Any,
+) -> None:
+    features[name] = read(output)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -62,10 +69,10 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
         UserError: there is none; the closest names are told.
     """
     path = name.partition(":")[0]
-    known = dict(model.named_modules())
-    if path and path in known:
+    known = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    if path in known:
         return known[path]
-    near = difflib.get_close_matches(path, known, n=3, cutoff=0.4) or [key for key in known if key]
+    near = difflib.get_close_matches(path, known, n=3, cutoff=0.4) or [*known]
     fix = f"the closest are {', '.join(near[:3])}; ickd taps lists all"
     raise UserError(f"{type(model).__name__} has no module {path!r} to tap", fix=fix)
 
@@ -93,10 +100,13 @@ def _reader(name: str) -> Callable[[Any], Tensor]:
 
 
 def _no_map(name: str, output: Tensor) -> UserError:
-    fix = "tap a module in front of the pooling"
+    path = name.partition(":")[0]
+    shape, fix = tuple(output.shape), "tap a module in front of the pooling"
+    if output.ndim == 4:
+        what = f"tap {name!r} gives {shape}, not tokens (batch, tokens, channels)"
+        return UserError(what, fix=f"if this is a map, write {path} alone")
     if output.ndim == 3:
-        fix = f"if these are tokens, write {name.partition(':')[0]}:tokens=1 (one is dropped)"
-    shape = tuple(output.shape)
+        fix = f"if these are tokens, write {path}:tokens=1 (one is dropped)"
     what = f"tap {name!r} gives {shape}, not a map (batch, channels, height, width)"
     return UserError(what, fix=fix)
 
@@ -153,22 +163,32 @@ def tap_points(model: nn.Module, images: Tensor) -> list[TapPoint]:
         model: any network; run once, in eval mode and without gradients.
         images: a small batch that it accepts.
     """
-    seen: list[tuple[str, nn.Module, Any]] = []
+    shapes: _Shapes = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
-
-                def note(made: nn.Module, _: Any, output: Any, name: str = name) -> None:
-                    seen.append((name, made, output))
-
+                note = partial(_note, shapes, name)
                 stack.callback(module.register_forward_hook(note).remove)
         _run_still(model, images)
-    last = {name: (module, output) for name, module, output in seen}
     # what timm's and torchvision's transformers tell about their tokens and maps
     prefix = int(getattr(model, "num_prefix_tokens", hasattr(model, "class_token")))
     nhwc = str(getattr(model, "output_fmt", "")).endswith("NHWC")
-    points = [_point(name, *last[name], len(images), prefix, nhwc) for name in last]
-    return _with_suggestions(points)
+    points = []
+    for name, (module, shape) in shapes.items():
+        inner = None if shape is None or len(shape) < 2 or shape[0] != len(images) else shape[1:]
+        last = inner is not None and _channels_last(inner, images, module, nhwc)
+        points.append(_point(name, module, inner, f":tokens={prefix}", ":nhwc" if last else ""))
+    lists = nn.Sequential | nn.ModuleList
+    names = {name for name, module in model.named_children() if isinstance(module, lists)}
+    return _with_suggestions(points, names - {"classifier", "head"})
+
+
+_Shapes = dict[str, tuple[nn.Module, tuple[int, ...] | None]]
+
+
+def _note(shapes: _Shapes, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    shapes.pop(name, None)  # what runs again finishes again
+    shapes[name] = module, tuple(output.shape) if isinstance(output, Tensor) else None
 
 
 def suggest(model: nn.Module, images: Tensor) -> tuple[list[str], str]:
@@ -197,27 +217,48 @@ def _run_still(model: nn.Module, images: Tensor) -> None:
             module.training = training
 
 
+def _channels_last(shape: tuple[int, ...], images: Tensor, module: nn.Module, usual: bool) -> bool:
+    """Whether the first two sides of a map, not its last two, have the proportions of the images.
+
+    Where both have, it is as `usual` for the network, but not behind a convolution.
+    """
+    if len(shape) != 3:
+        return False
+    height, width = images.shape[2:]
+    first, last = (abs(a * width - b * height) < width for a, b in (shape[:2], shape[1:]))
+    return first and (usual and not isinstance(module, nn.Conv2d) if last else True)
+
+
 def _point(
-    name: str, module: nn.Module, output: Any, batch: int, prefix: int, nhwc: bool
+    name: str, module: nn.Module, shape: tuple[int, ...] | None, tokens: str, order: str
 ) -> TapPoint:
     kind, parameters = type(module).__name__, sum(p.numel() for p in module.parameters())
-    if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[0] != batch:
+    if shape is None:
         return TapPoint(name, kind, None, parameters, spatial=False)
-    shape = tuple(output.shape[1:])
     if len(shape) == 2:
-        return TapPoint(f"{name}:tokens={prefix}", kind, shape, parameters, shape[0] > 1)
-    if len(shape) == 3 and nhwc and shape[0] == shape[1] and not isinstance(module, nn.Conv2d):
-        return TapPoint(f"{name}:nhwc", kind, shape, parameters, shape[0] > 1)
-    return TapPoint(name, kind, shape, parameters, len(shape) == 3 and shape[1] * shape[2] > 1)
+        return TapPoint(f"{name}{tokens}", kind, shape, parameters, shape[0] > 1)
+    sides = shape[:2] if order else shape[1:]
+    spatial = len(shape) == 3 and sides[0] * sides[1] > 1
+    return TapPoint(f"{name}{order}", kind, shape, parameters, spatial)
 
 
 _DEPTH = 2
 """Dots in the names that are suggested: what lies deeper is the inside of a block."""
 
 
-def _with_suggestions(points: list[TapPoint]) -> list[TapPoint]:
-    """Marks the last map of every resolution, by its outermost name; the last of all is ICKD's."""
-    spatial = [point for point in points if point.spatial]
+def _with_suggestions(points: list[TapPoint], lists: set[str]) -> list[TapPoint]:
+    """Marks the last map of every resolution, by its outermost name; the last of all is ICKD's.
+
+    Args:
+        points: in the order in which they finish.
+        lists: names of the network's own lists of modules, whose items count as its own modules.
+    """
+
+    def depth(point: TapPoint) -> int:
+        return max(0, point.name.count(".") - (point.name.partition(".")[0] in lists))
+
+    # pooling to a given size makes a map of anything
+    spatial = [p for p in points if p.spatial and not p.kind.startswith("Adaptive")]
     shallow = [point for point in spatial if point.name.partition(":")[0].count(".") <= _DEPTH]
     spatial = shallow or spatial
     if not spatial:
@@ -225,11 +266,12 @@ def _with_suggestions(points: list[TapPoint]) -> list[TapPoint]:
     best: dict[tuple[int, ...], TapPoint] = {}
     for point in spatial:
         known = best.get(_resolution(point))
-        if known is None or point.name.count(".") <= known.name.count("."):
+        if known is None or depth(point) <= depth(known):
             best[_resolution(point)] = point
     last = best[_resolution(spatial[-1])]
     convolutional = len(last.shape or ()) == 3  # a transformer's earlier maps are its patches
-    marks = {point.name: "stage" for point in best.values() if convolutional}
+    stages = [point for point in best.values() if convolutional and len(point.shape or ()) == 3]
+    marks = {point.name: "stage" for point in stages}
     marks[last.name] = "ickd"
     return [replace(point, suggested=marks.get(point.name, "")) for point in points]
 

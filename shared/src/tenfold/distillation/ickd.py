@@ -9,6 +9,7 @@ student's and the teacher's map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,17 +55,15 @@ def dead_channels(
 ) -> Bool[Tensor, "batch channels"]:
     """Which channels say next to nothing about an image: rows of G below `DEAD` of their mean."""
     f_ncp = in_full_precision(feature).flatten(2)
-    squared = (
-        _row_norms_squared(f_ncp)
-        if f_ncp.shape[2] <= f_ncp.shape[1]
-        else ((f_ncp @ f_ncp.mT).square().sum(2))
-    )
+    with torch.autocast(feature.device.type, enabled=False):
+        small = f_ncp.shape[2] <= f_ncp.shape[1]
+        squared = _row_norms_squared(f_ncp) if small else (f_ncp @ f_ncp.mT).square().sum(2)
     return ~_alive(squared)
 
 
 def grid_cells(
     feature: Float[Tensor, "batch channels height width"],
-    grid: tuple[int, int],
+    grid: Sequence[int],
     *,
     reference_compat: bool = False,
 ) -> Float[Tensor, "cells channels cell_height cell_width"]:
@@ -128,11 +127,11 @@ class ICCLoss(DistillationLoss[Tensor]):
         reference_compat: the published programs' bits: no masks for dead channels, and with a grid
             its extra cells and the sum over cells divided by C·B·B.
 
-    Dead channels (`dead_channels`): a row that is dead in the teacher leaves the loss, one that is
-    dead in the student counts 1 and has no gradient; the divisor stays B·C.
+    Dead channels (`dead_channels`): in the row form, a row that is dead in the teacher leaves the
+    loss, one that is dead in the student counts 1 and has no gradient; the divisor stays B·C.
 
     Raises:
-        ValueError: an option that does not exist.
+        ValueError: an option that does not exist, or a grid without cells.
         UserError: without embedding, channels that differ.
     """
 
@@ -144,7 +143,7 @@ class ICCLoss(DistillationLoss[Tensor]):
         channels_s: int,
         channels_t: int | None = None,
         normalize: Normalize = "row",
-        grid: tuple[int, int] | None = None,
+        grid: Sequence[int] | None = None,
         embed: bool = True,
         form: Form = "auto",
         *,
@@ -165,6 +164,8 @@ class ICCLoss(DistillationLoss[Tensor]):
         for option, (value, known) in options.items():
             if value not in known:
                 raise ValueError(f"{option} must be one of {known}, got {value!r}")
+        if grid is not None and (len(grid) != 2 or min(grid) < 1):
+            raise ValueError(f"grid must be two numbers of 1 or more, got {grid}")
         channels_t = channels_s if channels_t is None else channels_t
         if not embed and channels_s != channels_t:
             raise UserError(
@@ -189,8 +190,8 @@ class ICCLoss(DistillationLoss[Tensor]):
 
     def forward(
         self,
-        student: Float[Tensor, "batch channels_s height_s width_s"],
-        teacher: Float[Tensor, "batch channels_t height_t width_t"],
+        student: Float[Tensor, "batch_s channels_s height_s width_s"],
+        teacher: Float[Tensor, "batch_t channels_t height_t width_t"],
     ) -> Float[Tensor, ""]:
         """Compare a map with a map.
 
@@ -206,9 +207,7 @@ class ICCLoss(DistillationLoss[Tensor]):
         student, teacher = self.embed_s(student), teacher.detach()
         check_maps(student, teacher, self.name, channels=True)
         if self.grid is not None:
-            compat = self.reference_compat
-            student = grid_cells(student, self.grid, reference_compat=compat)
-            teacher = grid_cells(teacher, self.grid, reference_compat=compat)
+            student, teacher = self._cut(student, teacher, self.grid)
         cells = len(student) // batch
         with torch.autocast(student.device.type, enabled=False):
             s_ncp = in_full_precision(student).flatten(2)
@@ -220,6 +219,19 @@ class ICCLoss(DistillationLoss[Tensor]):
         if self.cell_reduction == "mean":
             total = total / cells
         return total / batch if self.reference_scale == "imagenet" else total
+
+    def _cut(
+        self, student: Tensor, teacher: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Cells of both maps; the published program's may differ in number."""
+        compat, batch = self.reference_compat, len(student)
+        cells = [grid_cells(f, grid, reference_compat=compat) for f in (student, teacher)]
+        if len(cells[0]) != len(cells[1]):
+            ours, theirs = (len(f) // batch for f in cells)
+            what = f"the student's map has {ours} cells and the teacher's {theirs}"
+            fix = "choose maps of one size, or leave reference_compat out"
+            raise UserError(what, fix=fix)
+        return cells[0], cells[1]
 
     def _distance(
         self, s_ncp: Float[Tensor, "n c p"], t_ncq: Float[Tensor, "n c q"]
@@ -237,8 +249,7 @@ class ICCLoss(DistillationLoss[Tensor]):
         products = _products_low_memory if small else _products
         ss, tt, st = products(s_ncp, t_ncq)
         if self.normalize == "frobenius":
-            floor = torch.finfo(ss.dtype).tiny
-            return (2 - 2 * st / (ss * tt).clamp_min(floor).sqrt()).sum()
+            return _unit_distance(ss, tt, st).sum()
         if self.per_pixel:
             p, q = s_ncp.shape[2], t_ncq.shape[2]
             ss, tt, st = ss / p**2, tt / q**2, st / (p * q)
@@ -264,7 +275,7 @@ class GridICCLoss(ICCLoss):
         channels_s: int,
         channels_t: int | None = None,
         normalize: Normalize = "row",
-        grid: tuple[int, int] = (16, 16),
+        grid: Sequence[int] = (16, 16),
         embed: bool = False,
         **options: Any,
     ) -> None:
@@ -273,7 +284,8 @@ class GridICCLoss(ICCLoss):
 
 def _alive(squared_nc: Float[Tensor, "n c"]) -> Bool[Tensor, "n c"]:
     norms = squared_nc.detach().clamp_min(0).sqrt()
-    return norms > DEAD * norms.mean(1, keepdim=True)
+    # a row that is no number is not masked: the loss must say so
+    return (norms > DEAD * norms.mean(1, keepdim=True)) | ~norms.isfinite()
 
 
 def _row_norms_squared(f_ncp: Float[Tensor, "n c p"]) -> Float[Tensor, "n c"]:
@@ -311,6 +323,15 @@ def _row_distance_low_memory(
     lengths = torch.where(both, squares[0], 1).sqrt() * torch.where(both, squares[1], 1).sqrt()
     cosine = ((s_ncp @ k_st) * t_ncq).sum(2) / lengths
     return (alive_t * (1 + alive_s.to(cosine.dtype)) - 2 * torch.where(both, cosine, 0)).sum()
+
+
+def _unit_distance(
+    ss: Float[Tensor, " n"], tt: Float[Tensor, " n"], st: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """|G_s / |G_s| - G_t / |G_t||² out of their products; matrices of zeros stay zero."""
+    there = [square != 0 for square in (ss, tt)]
+    lengths = [torch.where(t, x, 1).sqrt() for t, x in zip(there, (ss, tt), strict=True)]
+    return there[0].to(st.dtype) + there[1] - 2 * st / lengths[0] / lengths[1]
 
 
 def _products(

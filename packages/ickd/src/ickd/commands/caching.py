@@ -8,6 +8,7 @@ from ickd.commands.common import open_model
 from ickd.module import make_data
 from ickd.networks import load_weights
 from tenfold.device import pick_device
+from tenfold.recipes import recipe_parts
 
 
 def cache_teacher(
@@ -16,6 +17,7 @@ def cache_teacher(
     teacher_ckpt: Path | None = None,
     recipe: str = "demo",
     data: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     keep: str = "",
     device: str = "auto",
     out: Path = Path("teacher-cache.safetensors"),
@@ -27,14 +29,17 @@ def cache_teacher(
     Args:
         teacher: a network by name, or a file of one.
         teacher_ckpt: file with its weights, where it was named.
-        recipe: packaged recipe whose data are read, see ickd recipes.
+        recipe: packaged recipe that will use them, see ickd recipes: its images are read, and it
+            says how a named teacher is built.
         data: arguments of the data that differ from the recipe.
+        options: how a named teacher is built, over the recipe's teacher_options, such as taps,
+            num_classes, mean, std and image_size; as in fit.
         keep: fields with commas between them, of logits, pooled, last, maps, preacts; all if left
             out.
         device: cpu, cuda, or auto.
         out: the file to write.
     """
-    network = open_model(teacher)
+    network = open_model(teacher, **{**_options(recipe), **(options or {})})
     if teacher_ckpt is not None:
         for note in load_weights(network, teacher_ckpt):
             print(f"{teacher_ckpt}: {note}")
@@ -45,3 +50,11 @@ def cache_teacher(
     cache.write(out)
     size = out.stat().st_size / 2**20
     print(f"features of {len(cache)} images, {size:.1f} MiB: {out}")
+
+
+def _options(recipe: str) -> dict[str, Any]:
+    """How the Distiller of a recipe builds its teacher."""
+    given: dict[str, Any] = recipe_parts("ickd", recipe)["model"]["init_args"]
+    taps = [pair[1] for pair in given.get("pairs") or ()]
+    usual = {"num_classes": given.get("num_classes"), "taps": taps}
+    return usual | (given.get("teacher_options") or {})

@@ -9,19 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ickd.convert import UNKNOWN, Converted, convert_checkpoint
+from ickd.hub import from_pretrained
 from ickd.module import load_student
 from ickd.networks import Network, open_network
-from tenfold.checkpoint import (
-    CONFIG_FILE,
-    compare_keys,
-    load_model_files,
-    load_state,
-    save_model,
-)
+from tenfold.checkpoint import CONFIG_FILE, compare_keys, load_state
 from tenfold.errors import UserError
 from tenfold.training import LAST
-
-_INPUT = ("mean", "std", "image_size")
 
 
 class Opened(NamedTuple):
@@ -29,13 +22,11 @@ class Opened(NamedTuple):
 
     Attributes:
         network: in eval mode, on the CPU.
-        options: arguments of `open_network` that build it, besides its name and its input.
         notes: what the file says, a line each.
         image_size: side of the images that it was trained on, None where the file does not tell.
     """
 
     network: Network
-    options: dict[str, Any]
     notes: tuple[str, ...] = ()
     image_size: int | None = None
 
@@ -73,7 +64,8 @@ def open_saved(path: str | Path) -> Opened:
     """
     path = Path(path)
     if (path / CONFIG_FILE).is_file():
-        return _open_folder(path)
+        network = from_pretrained(path)
+        return Opened(network, image_size=network.expects.size)
     if path.is_dir() and not (path / LAST).is_file():
         fix = f"a model folder has a {CONFIG_FILE}, the folder of a run a {LAST}"
         raise UserError("a folder without a network", where=str(path), fix=fix)
@@ -96,51 +88,15 @@ def build_converted(found: Converted) -> Opened:
         fix = "in Python: load_weights(open_network(NAME), FILE)"
         raise UserError("weights of an unknown network", fix=fix)
     # every network that is published ends in the bias of its classifier
-    options = {"num_classes": len(list(found.state.values())[-1])}
-    network = open_network(found.network, **options)
+    classes = len(list(found.state.values())[-1])
+    network = open_network(found.network, num_classes=classes)
     fill(network, found.state)
-    return Opened(network, options, tuple(found.notes))
-
-
-def save_network(folder: Path, network: Network, options: Mapping[str, Any]) -> None:
-    """Write a model folder that `open_saved` reads: model.safetensors and config.json.
-
-    Raises:
-        UserError: the network has options that JSON cannot hold.
-    """
-    expects = {key: value for key, value in network.expects._asdict().items()}
-    config = {"network": network.name, "options": dict(options), "expects": expects}
-    try:
-        save_model(folder, network.net.state_dict(), config)
-    except TypeError as error:
-        raise UserError(f"the network's options are no plain values: {error}") from error
-
-
-def _open_folder(folder: Path) -> Opened:
-    state, config = load_model_files(folder)
-    name, options, expects = (config.get(key) for key in ("network", "options", "expects"))
-    if not (isinstance(name, str) and isinstance(options, dict) and isinstance(expects, dict)):
-        where = str(folder / CONFIG_FILE)
-        raise UserError("not of ickd: it needs network, options and expects", where=where)
-    size = expects.get("size")
-    network = open_network(
-        name, mean=expects.get("mean"), std=expects.get("std"), image_size=size, **options
-    )
-    try:
-        fill(network, state)
-    except UserError as error:
-        raise UserError(error.what, where=str(folder)) from error
-    return Opened(network, options, image_size=size)
+    return Opened(network, tuple(found.notes))
 
 
 def _open_run(path: Path, raw: Mapping[str, Any]) -> Opened:
-    network = load_student(path)
-    arguments = raw.get("hyper_parameters", {})
-    given = {"num_classes": arguments.get("num_classes"), "taps": list(network.tap_names)}
-    given |= arguments.get("student_options") or {}
-    options = {k: v for k, v in given.items() if k not in _INPUT and v not in (None, [])}
     size = (raw.get("datamodule_hyper_parameters") or {}).get("image_size")
-    return Opened(network, options, image_size=size if isinstance(size, int) else None)
+    return Opened(load_student(path), image_size=size if isinstance(size, int) else None)
 
 
 def fill(network: Network, state: Mapping[str, Tensor]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ickd import report
-from ickd.commands.common import columns
-from ickd.comparison import PLAIN, Comparison, Difference, compare_losses
+from ickd.commands.common import at_least, columns
+from ickd.comparison import PLAIN, Comparison, Difference, compare_losses, read_place
 from ickd.module.objective import parse_losses
 from tenfold.errors import UserError
 
@@ -39,7 +39,8 @@ def compare(
 
     Args:
         recipe: packaged recipe of the student, see ickd recipes.
-        losses: with commas between them; "none" is the student alone, "kd+ickd" two at once.
+        losses: with commas between them; "none" is the student alone, "kd+ickd" two at once,
+            "ickd@2" one with its weight, "ickd_grid:6x6" one with its grid.
         seeds: number of seeds, 0, 1, 2 and so on.
         teacher: a network by name, instead of the recipe's.
         student: likewise.
@@ -52,12 +53,9 @@ def compare(
         out: folder for runs, results.json, compare.csv, compare.md and the pictures.
     """
     names = parse_names(losses)
-    if seeds < 1:
-        raise UserError(f"--seeds must be 1 or more, got {seeds}")
+    at_least(1, seeds=seeds, epochs=epochs)
     given = {"teacher": teacher, "student": student, "teacher_ckpt": teacher_ckpt}
     changes = {**(model or {}), **{k: v for k, v in given.items() if v is not None}}
-    if (teacher or teacher_ckpt) and "teacher_recipe" not in changes:
-        changes["teacher_recipe"] = None  # it trains another one
     found = compare_losses(
         recipe,
         names,
@@ -89,7 +87,7 @@ def sweep(
 
     Args:
         beta: the weights, with commas between them.
-        loss: its name, or two with a plus, of which the last has the weight.
+        loss: its name; or two with a plus, such as kd+ickd, of which the last has the weight.
         recipe: packaged recipe of the student, see ickd recipes.
         seeds: number of seeds, 0, 1, 2 and so on.
         teacher_ckpt: file with the teacher's weights.
@@ -99,8 +97,7 @@ def sweep(
         accelerator: cpu, gpu, or auto.
         out: folder; every weight has a folder in it.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds must be 1 or more, got {seeds}")
+    at_least(1, seeds=seeds, epochs=epochs)
     names = [f"{loss}@{_number(part):g}" for part in beta.split(",")]
     given = {**(model or {}), **({"teacher_ckpt": teacher_ckpt} if teacher_ckpt else {})}
     found = compare_losses(
@@ -135,13 +132,14 @@ def parse_names(losses: str) -> list[str]:
     if not names:
         raise UserError("--losses names no loss", fix="such as none,kd,ickd")
     for name in names:
-        parse_losses("+".join(part.partition("@")[0] for part in name.split("+")))
+        parse_losses("+".join(read_place(place)[0] for place in name.split("+")))
     return list(dict.fromkeys(names))
 
 
 def tell(found: Comparison, out: Path, name: str) -> None:
     """Print the table, and write it with its pictures and numbers into the folder."""
-    rows = [["losses", f"test {found.metric}, %", "against none", "against kd", "step"]]
+    score = f"test {found.metric}, %"
+    rows = [["losses", score, "against none", "against kd", "step", "memory/image"]]
     for losses, scores in found.scores.items():
         apart = [found.difference(losses, other) for other in (PLAIN, "kd")]
         rows.append(
@@ -149,23 +147,62 @@ def tell(found: Comparison, out: Path, name: str) -> None:
                 losses,
                 mean_and_spread(scores),
                 *(signed(difference) for difference in apart),
-                f"{1000 * found.seconds[losses]:.1f} ms",
+                _with_unit(1e3 * found.seconds[losses], "ms"),
+                _with_unit(found.memory.get(losses, math.nan) / 1024, "KiB"),
             ]
         )
     print(columns(rows))
-    if found.teacher == found.teacher:  # not NaN
+    if math.isfinite(found.teacher):
         print(f"teacher: {found.teacher:.2f} %")
     head, *body = (" | ".join(row) for row in rows)
     lines = [f"| {head} |", "|" + " --- |" * len(rows[0]), *(f"| {line} |" for line in body)]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["losses", "seed", "score", "seconds"])
-        for losses, scores in found.scores.items():
-            for seed, score in enumerate(scores):
-                table.writerow([losses, seed, f"{score:.4f}", f"{found.seconds[losses]:.6f}"])
+    _write_csv(found, out / f"{name}.csv")
     pictures = draw(found, out, name)
     print(f"tables: {out / name}.md, {out / name}.csv; pictures: " + ", ".join(map(str, pictures)))
+
+
+def _write_csv(found: Comparison, path: Path) -> None:
+    """One row for each run that was asked for."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["losses", "seed", "score", "seconds", "bytes"])
+        for losses, scores in found.scores.items():
+            for seed, score in enumerate(scores):
+                run = found.runs.get(f"{losses}/{seed}", {})
+                costs = ("" if run.get(key) is None else run[key] for key in ("seconds", "bytes"))
+                table.writerow([losses, seed, f"{score:.4f}", *costs])
+
+
+def draw(found: Comparison, out: Path, name: str) -> list[Path]:
+    """The pictures of a comparison: every seed and gain, and accuracy against time and memory.
+
+    Returns:
+        Their paths: <name>.png, and where it was measured <name>-time.png and <name>-memory.png.
+    """
+    plain = found.memory.get(PLAIN, math.nan)
+    rows = []
+    for losses, scores in found.scores.items():
+        extra = found.memory.get(losses, math.nan) - plain
+        gain = found.difference(losses)
+        rows.append(
+            report.LossRow(losses, scores, gain, _known(found.seconds[losses]), _known(extra))
+        )
+    score = "top-1 accuracy" if found.metric == "top-1" else found.metric
+    figures = {name: report.dots(rows, teacher=_known(found.teacher), score=score)}
+    if len(rows) > 1 and any(row.seconds is not None for row in rows):
+        figures[f"{name}-time"] = report.accuracy_against_cost(rows, "seconds", score=score)
+    if len(rows) > 1 and any(row.extra_bytes is not None for row in rows):
+        figures[f"{name}-memory"] = report.accuracy_against_cost(rows, "memory", score=score)
+    return report.save_all(figures, out)
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return f"{value:.1f} {unit}" if math.isfinite(value) else ""
 
 
 def mean_and_spread(scores: Sequence[float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from ickd.commands.common import at_least, columns, millions, open_model
 from ickd.measure import (
     FLOOR,
     IccCost,
-    NetworkCost,
     Term,
     TermCost,
     floor_macs,
@@ -27,6 +26,7 @@ from ickd.measure import (
     term_times,
 )
 from ickd.module import LossChoice, Objective, parse_losses
+from ickd.module.checks import check_classes
 from ickd.networks import Network
 from tenfold.device import Timing, pick_device, report
 from tenfold.distillation import ICCLoss, Taps, loss_class
@@ -68,20 +68,7 @@ def cost(
     ours, theirs = (open_model(name, **options).to(place) for name in (student, teacher))
     size = image_size or ours.example_size
     pixels = _pixels(ours, batch, size, place)
-    costs = network_cost(ours, size), network_cost(theirs, size)
-    ours.train()
-    with torch.no_grad():
-        says = theirs.requires_grad_(False).taps(pixels)
-    taps = leaf_taps(ours.taps(pixels))
-    named = _objectives(losses, taps, says, items)
-    terms = [_term(name, objective, taps) for name, objective in named.items()]
-    found = {
-        "networks": costs,
-        "terms": [term_cost(term, taps, says) for term in terms],
-        "alone": term_times(terms, taps, says, place, repeats),
-        "step": step_times(ours, theirs, terms, pixels, repeats),
-        "icc": _correlations(named, taps, says, repeats),
-    }
+    found = _measure(ours, theirs, losses, pixels, items, repeats)
     print(_text(found, batch))
     if out is not None:
         setting = {"batch": batch, "image_size": size, "device": str(place), "repeats": repeats}
@@ -89,6 +76,32 @@ def cost(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out}")
+
+
+def _measure(
+    student: Network,
+    teacher: Network,
+    losses: Mapping[str, Any] | str,
+    pixels: Tensor,
+    items: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Everything that is told about the two networks and the losses between them."""
+    size = pixels.shape[-1]
+    costs = network_cost(student, size), network_cost(teacher, size)
+    student.train()
+    with torch.no_grad():
+        says = teacher.requires_grad_(False).taps(pixels)
+    taps = leaf_taps(student.taps(pixels))
+    named = _objectives(losses, taps, says, items)
+    terms = [_term(name, objective, taps) for name, objective in named.items()]
+    return {
+        "networks": costs,
+        "terms": [term_cost(term, taps, says) for term in terms],
+        "alone": term_times(terms, taps, says, pixels.device, repeats),
+        "step": step_times(student, teacher, terms, pixels, repeats),
+        "icc": _correlations(named, taps, says, repeats),
+    }
 
 
 def _pixels(network: Network, batch: int, size: int, place: torch.device) -> Tensor:
@@ -109,6 +122,7 @@ def _objectives(
         choices = [_with_items(choice, items) for choice in parse_losses(given)]
         if not choices:
             continue
+        check_classes(choices, student, teacher)
         objective = Objective(choices, student, teacher, ce_weight=0.0, init_epochs=1)
         assert student.logits is not None
         named[name] = objective.to(student.logits.device)

@@ -1,10 +1,11 @@
-"""demo: a teacher, its student and a plain student on the embedded task, with the pictures."""
+"""demo: a teacher, its students and plain students on an embedded task, with the pictures."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 
 from ickd import report
 from ickd.commands.common import at_least
@@ -13,35 +14,71 @@ from ickd.comparison import PLAIN, Comparison, compare_losses
 from ickd.diagnostics import Diversity, diversity, fit_channel_map
 from ickd.module import load_student, make_data
 from ickd.networks import Network
+from tenfold.errors import UserError
 
-RECIPE = "demo"
-TITLE = "How the channels of the last map relate, 2,000 test images of bound-gratings"
+
+class Task(NamedTuple):
+    """An embedded task.
+
+    Attributes:
+        recipe: of its students.
+        losses: that are compared if none are named.
+        ours: the loss that stands for the paper.
+        title: of the picture of channel correlations.
+    """
+
+    recipe: str
+    losses: str
+    ours: str
+    title: str
+
+
+TASKS = {
+    "bound-gratings": Task(
+        "demo",
+        "none,kd,ickd,kd+ickd",
+        "ickd",
+        "How the channels of the last map relate, test images of bound-gratings",
+    ),
+    "textured-blobs": Task(
+        "blobs",
+        "none,kd,ickd_grid:1x1,ickd_grid:6x6",
+        "ickd_grid:6x6",
+        "How the channels of the last map relate, test images of textured-blobs",
+    ),
+}
+SHOWN = 6  # images of the picture of segmentations
 
 
 def demo(
     *,
+    task: str = "bound-gratings",
     out: Path = Path("ickd-demo"),
     seeds: int = 3,
-    losses: str = "none,kd,ickd,kd+ickd",
+    losses: str | None = None,
     epochs: int | None = None,
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Train a teacher and its students on bound-gratings, with ICKD and beside it, and compare.
+    """Train a teacher and its students on an embedded task, with ICKD and beside it, and compare.
 
     An interrupted demo goes on when it is started again; a finished one only draws again.
 
     Args:
+        task: bound-gratings (classification), or textured-blobs (segmentation, by grid).
         out: folder for checkpoints, tables and pictures.
         seeds: number of seeds, 0, 1, 2 and so on; students of one seed start alike.
-        losses: with commas between them; none and ickd are always there.
+        losses: with commas between them; the plain student and ICKD are always there.
         epochs: of every student, those of the recipe if left out.
         data: arguments of the data that differ from the recipe, such as {"train_size": 400}.
     """
     at_least(1, seeds=seeds, epochs=epochs)
-    names = list(dict.fromkeys([*parse_names(losses), PLAIN, "ickd"]))
+    if task not in TASKS:
+        raise UserError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
+    plan = TASKS[task]
+    names = parse_names(losses or plan.losses)
     found = compare_losses(
-        RECIPE,
-        names,
+        plan.recipe,
+        list(dict.fromkeys([*names, PLAIN, plan.ours])),
         out,
         seeds=range(seeds),
         weights=TOY_WEIGHTS,
@@ -51,46 +88,43 @@ def demo(
         validate=True,
     )
     tell(found, out, "demo")
-    print(headline(found))
-    seen = channel_relations(out, data)
-    figures = {
-        "icc": report.icc_triptych(seen["teacher"], seen["ickd"], seen[PLAIN], heading=TITLE),
-        "training": report.training_curves(
-            out / "ickd/0/metrics.csv",
-            {"plain student": out / PLAIN / "0/metrics.csv"},
-        ),
+    print(headline(found, plan.ours))
+    networks = {
+        "teacher": load_student(out / "teacher-0"),
+        plan.ours: load_student(out / plan.ours / "0"),
+        PLAIN: load_student(out / PLAIN / "0"),
     }
-    pictures = report.save_all(figures, out)
+    images = make_data(plan.recipe, data)
+    seen = channel_relations(networks, images)
+    pictures = report.save_all(draw(plan, found, networks, images, seen, out), out)
     (out / "demo.json").write_text(json.dumps(summary(found, seen), indent=2) + "\n")
     print("pictures: " + ", ".join(str(path) for path in pictures))
 
 
-def headline(found: Comparison) -> str:
+def headline(found: Comparison, ours: str) -> str:
     """The demo's result in a sentence."""
-    gain = found.difference("ickd")
-    wins = [a - b for a, b in zip(found.scores["ickd"], found.scores[PLAIN], strict=True)]
+    wins = [a - b for a, b in zip(found.scores[ours], found.scores[PLAIN], strict=True)]
     better = sum(win > 0 for win in wins)
-    beside = found.difference("ickd", "kd")
+    beside = found.difference(ours, "kd")
     more = f"; against kd {signed(beside)}" if beside else ""
     return (
-        f"ickd against the plain student: {signed(gain)} points, better in {better} of "
-        f"{len(wins)} seeds{more}"
+        f"{ours} against the plain student: {signed(found.difference(ours))} points, better in "
+        f"{better} of {len(wins)} seeds{more}"
     )
 
 
-def channel_relations(out: Path, data: dict[str, Any] | None = None) -> dict[str, Diversity]:
-    """Diagnostics of the teacher and two students of the first seed, on the test images.
+def channel_relations(networks: dict[str, Network], images: Any) -> dict[str, Diversity]:
+    """Diagnostics of the teacher and of two students, on the test images.
 
     Students are brought to the teacher's channels by a map fitted on the validation images.
     """
-    images = make_data(RECIPE, data)
     fit, held = images.val_dataloader(), images.test_dataloader()
-    teacher = load_student(out / "teacher-0")
-    found = {"teacher": diversity(tap_maps(teacher, held))}
-    for name in ("ickd", PLAIN):
-        student = load_student(out / name / "0")
-        lift = fit_channel_map(tap_maps(student, fit), tap_maps(teacher, fit))
-        found[name] = diversity(tap_maps(student, held), tap_maps(teacher, held), lift)
+    teacher, *students = networks
+    found = {teacher: diversity(tap_maps(networks[teacher], held))}
+    for name in students:
+        lift = fit_channel_map(tap_maps(networks[name], fit), tap_maps(networks[teacher], fit))
+        maps = tap_maps(networks[name], held), tap_maps(networks[teacher], held)
+        found[name] = diversity(*maps, lift)
     return found
 
 
@@ -98,6 +132,39 @@ def channel_relations(out: Path, data: dict[str, Any] | None = None) -> dict[str
 def tap_maps(network: Network, batches: Any) -> list[torch.Tensor]:
     """What ICKD compares, batch by batch."""
     return [network.taps(batch.image).signal("last") for batch in batches]
+
+
+def draw(
+    plan: Task,
+    found: Comparison,
+    networks: dict[str, Network],
+    images: Any,
+    seen: dict[str, Diversity],
+    out: Path,
+) -> dict[str, Figure]:
+    """The pictures beside those of a comparison."""
+    logs = [out / name / "0/metrics.csv" for name in (plan.ours, PLAIN)]
+    figures = {
+        "icc": report.icc_triptych(*(seen[name] for name in networks), heading=plan.title),
+        "training": report.training_curves(logs[0], {"plain student": logs[1]}),
+    }
+    if found.metric == "mIoU":
+        grids = {n: s for n, s in found.scores.items() if n == PLAIN or n.startswith("ickd_grid:")}
+        named = {name.removeprefix("ickd_grid:").replace("x", "×"): s for name, s in grids.items()}
+        figures["grids"] = report.grid_bars(named, teacher=found.teacher)
+        figures["masks"] = overlays(networks, images)
+    return figures
+
+
+@torch.no_grad()
+def overlays(networks: dict[str, Network], images: Any) -> Figure:
+    """What teacher and students make of a few test images."""
+    batch = next(iter(images.test_dataloader()))
+    pixels, truth = batch.image[:SHOWN], batch.label[:SHOWN]
+    teacher, student, plain = (net(pixels).argmax(1) for net in networks.values())
+    return report.segmentation_overlays(
+        pixels, truth, student, plain, teacher, class_names=images.class_names
+    )
 
 
 def summary(found: Comparison, seen: dict[str, Diversity]) -> dict[str, Any]:

@@ -88,9 +88,12 @@ def icc(
         raise UserError("--plain is the third network", fix="give the second one with --other")
     given = [(model, tap), (other, student_tap), (plain, student_tap)]
     given = [(name, at) for name, at in given if name is not None]
-    titles = _titles(names, [name for name, _ in given])
+    if names is not None and len(names) != len(given):
+        raise UserError(f"--names are {len(names)} for {len(given)} networks")
     place = pick_device(device)
     probes = [_open(name, at, num_classes, pretrained, place) for name, at in given]
+    alone = [probes[0].network.name]
+    titles = names or (list(ROLES[: len(given)]) if len(given) > 1 else alone)
     size = image_size or max((probe.size or 0 for probe in probes), default=0) or None
     files = _choose(images, limit)
     reader = _Reader(size, batch, skip=on_error == "skip")
@@ -239,14 +242,6 @@ def _check_grid(grid: list[int] | None, other: str | None) -> tuple[int, int] | 
     if other is None:
         raise UserError("--grid compares two networks", fix="give the second one with --other")
     return grid[0], grid[1]
-
-
-def _titles(names: list[str] | None, given: Sequence[str]) -> list[str]:
-    if names is not None:
-        if len(names) != len(given):
-            raise UserError(f"--names are {len(names)} for {len(given)} networks")
-        return names
-    return list(ROLES[: len(given)]) if len(given) > 1 else [Path(given[0]).name]
 
 
 def _choose(folder: Path, limit: int) -> list[Path]:

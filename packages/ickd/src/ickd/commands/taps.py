@@ -35,7 +35,7 @@ def taps(
         json: print JSON instead of the table, or write it to this file.
         num_classes: of a network that is named.
     """
-    options = {} if num_classes is None else {"num_classes": num_classes}
+    options = {"num_classes": num_classes} | _size_of(input)
     network = open_model(model, **options)
     images = example_images(network, input)
     points = list_points(network, images)
@@ -52,19 +52,23 @@ def taps(
         print(f"wrote {json}")
 
 
+def _size_of(shape: Sequence[int] | None) -> dict[str, Any]:
+    """The option of a network for images of this shape: one of one's own may take no others."""
+    if shape is None:
+        return {}
+    if len(shape) != 3 or min(shape) < 1:
+        what = f"--input must be channels, height and width, got {list(shape)}"
+        raise UserError(what, fix="write it as [3,224,224]")
+    return {"image_size": max(shape[1:])}
+
+
 def example_images(network: Network, shape: Sequence[int] | None) -> Tensor:
     """Images of noise, normalised: what tells the maps of two modules apart.
 
     Args:
         network: whose input they are.
         shape: (channels, height, width), the network's own where None.
-
-    Raises:
-        UserError: no such shape.
     """
-    if shape is not None and (len(shape) != 3 or min(shape) < 1):
-        what = f"--input must be channels, height and width, got {list(shape)}"
-        raise UserError(what, fix="write it as [3,224,224]")
     like = network.example(_BATCH)
     shape = tuple(like.shape[1:] if shape is None else shape)
     return torch.randn((_BATCH, *shape), generator=torch.Generator().manual_seed(0)).to(like)
@@ -106,10 +110,11 @@ def _mark_own(network: Network, images: Tensor, points: list[TapPoint]) -> list[
     Where several give the same, as a sequence and its last layer do, the name that the network
     itself uses is taken, or else the outermost.
     """
-    own, known = network.net.taps(images), getattr(network.net, "tap_names", ())
+    net: Any = network.net  # of ours: it has taps
+    own, known = net.taps(images), getattr(net, "tap_names", ())
     maps = [p.name for p in points if p.shape is not None and len(p.shape) == 3]
-    with tap(network.net, maps) as features:
-        network.net(images)
+    with tap(net, maps) as features:
+        net(images)
     marks: dict[str, str] = {}
     for wanted, mark in [*((map_, "stage") for map_ in own.maps), (own.signal("last"), "ickd")]:
         same = [n for n in maps if torch.equal(features[n], wanted)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ickd import zoo as cifar
 from ickd.commands.common import columns, millions
 from ickd.commands.taps import example_images, list_points
-from ickd.measure import NetworkCost, network_cost
+from ickd.measure import NetworkCost, count_layers
 from ickd.model.deeplab import BACKBONES
 from ickd.model.embedded import EMBEDDED
 from ickd.networks import open_network
@@ -68,17 +68,20 @@ def entry(name: str) -> Entry:
     """
     with torch.device("meta"):
         network = open_network(name).eval()
+    net: Any = network.net  # of ours: it has taps
     size = _usual_size(name)
-    with torch.no_grad():
-        shape = (1, len(network.expects.mean), size, size)
-        tap = network.net.taps(torch.empty(shape, device="meta")).signal("last")
+    shape = (len(network.expects.mean), size, size)
+    with torch.no_grad(), count_layers(net) as macs:
+        tap = net.taps(torch.empty((1, *shape), device="meta")).signal("last")
+    parameters = sum(p.numel() for p in net.parameters())
+    cost = NetworkCost(name, parameters, sum(macs), shape)
     kind, _, which = name.partition(":")
     published = ""
     if kind == "zoo" and cifar.info(which).top1 is not None:
         published = f"{cifar.info(which).top1:.2f} top-1"
     if kind == "deeplab":
         published = f"{_MIOU[which]:.2f} mIoU"
-    return Entry(network_cost(network, size), tuple(tap.shape[1:]), published)
+    return Entry(cost, tuple(tap.shape[1:]), published)
 
 
 def _usual_size(name: str) -> int:

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from ickd.module.objective import LossChoice
-from ickd.networks import Network
+from ickd.module.objective import LossChoice, Objective
+from ickd.networks import Input, Network
 from tenfold.distillation import Taps, dead_channels, loss_class
+from tenfold.distillation.base import in_full_precision
 from tenfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,12 +28,21 @@ MANY_DEAD = 0.5
 def check_classes(choices: Sequence[LossChoice], student: Taps, teacher: Taps | None) -> None:
     """Refuse to compare logits of different classes; losses on features do not mind.
 
+    Args:
+        choices: the losses.
+        student: taps of any batch.
+        teacher: taps of the same batch; None without one.
+
     Raises:
-        UserError: naming both numbers.
+        UserError: naming both numbers, or both shapes where a network changes the batch.
     """
     if teacher is None or student.logits is None or teacher.logits is None:
         return
-    ours, theirs = student.logits.shape[1], teacher.logits.shape[1]
+    shapes = tuple(student.logits.shape), tuple(teacher.logits.shape)
+    if shapes[0][0] != shapes[1][0]:
+        what = "the student gives logits of shape {} and the teacher {} for the same batch"
+        raise UserError(what.format(*shapes), fix="give one row for each image")
+    ours, theirs = shapes[0][1], shapes[1][1]
     compare = [c.name for c in choices if loss_class(c.name).signal == "logits"]
     if compare and ours != theirs:
         raise UserError(
@@ -41,28 +52,68 @@ def check_classes(choices: Sequence[LossChoice], student: Taps, teacher: Taps | 
         )
 
 
-def warn_of_teacher(
-    teacher: Network, student: Network, arguments: Mapping[str, Any], data: Any
-) -> None:
-    """Tell of a teacher without weights, or that normalises unlike the student."""
-    untrained = arguments["teacher_ckpt"] is None and arguments["teacher_init"] == "scratch"
-    if untrained and isinstance(arguments.get("teacher"), str):
+def check_strategy(objective: Objective, strategy: Any) -> None:
+    """Refuse a strategy that wants every weight to learn in every step, where some wait.
+
+    Raises:
+        UserError: names the strategy that can do it.
+    """
+    told = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
+        "find_unused_parameters"
+    )
+    if objective.init_epochs and told:
+        what = "epochs of preparation train a part of the weights, which plain ddp refuses"
+        raise UserError(what, fix="use --trainer.strategy ddp_find_unused_parameters_true")
+
+
+def warn_of_teacher(teacher: Network, student: Network, data: Any, *, trained: bool) -> None:
+    """Tell of a teacher without weights, or that normalises unlike the data."""
+    if not trained:
         log.warning(
             "the teacher %s has random weights; give --model.teacher_ckpt FILE or "
             "--model.teacher_init pretrained",
             teacher.name,
         )
-    theirs, usual = teacher.expects, getattr(data, "mean", None)
-    if usual is not None and tuple(usual) != theirs.mean:
+    theirs = teacher.expects
+    if theirs[:2] == Input()[:2]:  # a module of one's own takes pixels as they are
+        return
+    usual = [tuple(getattr(data, name, None) or ()) for name in ("mean", "std")]
+    pairs = zip(usual, (theirs.mean, theirs.std), strict=True)
+    if any(ours and not _close(ours, them) for ours, them in pairs):
         log.warning(
             "the teacher %s normalises by mean %s and std %s, as it was trained, the data's are "
-            "%s and %s; the student keeps its own, %s",
+            "%s and %s; the student keeps its own, %s and %s",
             teacher.name,
-            theirs.mean,
-            theirs.std,
-            tuple(usual),
-            tuple(getattr(data, "std", ())),
-            student.expects.mean,
+            *theirs[:2],
+            *usual,
+            *student.expects[:2],
+        )
+
+
+def _close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return len(ours) == len(theirs) and all(abs(a - b) < 1e-3 for a, b in pairs)
+
+
+def warn_of_score(metric: str, teacher: float, student: float, chance: float) -> None:
+    """Tell of a teacher that has nothing to teach.
+
+    Args:
+        metric: what the scores are.
+        teacher: its score on the validation images, in 0..1.
+        student: the student's, after its first epochs.
+        chance: what guessing gives; 0 if nobody knows.
+    """
+    reasons = "wrong checkpoint, normalisation or order of classes?"
+    if teacher < chance + min(0.5 * chance, 0.1):
+        log.warning("the teacher is at chance (%s %.3f): %s", metric, teacher, reasons)
+    elif teacher <= student:
+        log.warning(
+            "the teacher (%s %.3f) is not better than the student (%.3f): %s",
+            metric,
+            teacher,
+            student,
+            reasons,
         )
 
 
@@ -72,44 +123,66 @@ def naming_terms(teacher: Network | None, taps: Taps | None, batch: Any) -> Iter
     try:
         yield
     except UserError:
-        _check_features("teacher", teacher, taps, batch)
+        _check_features(teacher, taps, batch)
         raise
 
 
-def check_finite_terms(
-    loss: Tensor,
+def check_finite(
     terms: Mapping[str, Tensor],
+    student: Taps,
     teacher: Network | None,
     taps: Taps | None,
     batch: Any,
 ) -> None:
-    """Stop at a loss that is NaN or infinite, and say where it comes from.
+    """Stop at what is NaN or infinite, and say where it comes from.
+
+    Features are looked at even if the loss is a number: a loss that masks dead channels hides them.
+
+    Args:
+        terms: of the loss.
+        student: what the student says.
+        teacher: None without one.
+        taps: what the teacher says.
+        batch: that they say it of.
 
     Raises:
         UserError: the teacher's layer and image, or else the terms of the loss.
     """
-    if torch.isfinite(loss):
+    said = [] if taps is None or teacher is None else [*_named(teacher, taps).values()]
+    values = [*terms.values(), *([] if student.logits is None else [student.logits]), *said]
+    sums = torch.stack([value.detach().sum(dtype=torch.float32) for value in values])
+    if torch.isfinite(sums).all():  # one wait for the device, not one for each
         return
-    _check_features("teacher", teacher, taps, batch)
-    values = ", ".join(f"{name} {float(term):.4g}" for name, term in terms.items())
-    fix = "lower the learning rate or the weight of the term that is not finite"
-    raise UserError(f"the student's loss is not finite: {values}", fix=fix)
+    _check_features(teacher, taps, batch)
+    if not torch.isfinite(sums[: len(values) - len(said)]).all():
+        numbers = ", ".join(f"{name} {float(term):.4g}" for name, term in terms.items())
+        what = "the student's loss or output is NaN or infinite"
+        fix = "lower the learning rate, or the weight of the term that is not finite"
+        raise UserError(f"{what}: {numbers}", fix=fix)
 
 
-def _check_features(who: str, network: Network | None, taps: Taps | None, batch: Any) -> None:
+def _named(network: Network, taps: Taps) -> dict[str, Tensor]:
+    """Everything that a network says, by the name of the layer."""
+    names = [*(network.tap_names or getattr(network.net, "tap_names", ()))]
+    last = names[-1] if len(names) > len(taps.maps) else "last map"
+    names += [f"map {n}" for n in range(len(names), len(taps.maps))]
+    found = dict(zip(names, taps.maps, strict=False))
+    before = zip(names, taps.preacts, strict=False)
+    found |= {f"{name} before its activation": value for name, value in before}
+    rest = {last: taps.last, "pooled vector": taps.pooled, "logits": taps.logits}
+    return found | {name: value for name, value in rest.items() if value is not None}
+
+
+def _check_features(network: Network | None, taps: Taps | None, batch: Any) -> None:
     if network is None or taps is None:
         return
-    names = network.tap_names or tuple(f"map {n}" for n in range(len(taps.maps)))
-    named = [*zip(names, taps.maps, strict=False), ("pooled", taps.pooled), ("logits", taps.logits)]
-    for name, value in named:
-        if value is None:
-            continue
+    for name, value in _named(network, taps).items():
         bad = ~torch.isfinite(value).flatten(1).all(1)
         if bad.any():
             first = int(bad.nonzero()[0])
-            index = int(batch.index[first]) if getattr(batch, "index", None) is not None else first
+            index = first if batch.index is None else int(batch.index[first])
             raise UserError(
-                f"the {who}'s {name} is NaN or infinite for image {index}",
+                f"the teacher's {name} is NaN or infinite for image {index}",
                 where=network.name,
                 fix="look at this image and at the network's weights",
             )
@@ -126,10 +199,12 @@ def warn_of_dead_channels(
     shares: dict[str, Tensor] = {}
     for loss, ours, theirs in module.objective.correlations(student, teacher):
         training, _ = loss.training, loss.eval()
-        maps = {"student": loss.embed_s(ours), "teacher": theirs}
+        with torch.autocast(ours.device.type, enabled=False):  # squares overflow in half precision
+            lifted = loss.embed_s(in_full_precision(ours))
+            maps = {"student": lifted, "teacher": in_full_precision(theirs)}
+            found = {who: dead_channels(value).float().mean() for who, value in maps.items()}
         loss.train(training)
-        for who, value in maps.items():
-            share = dead_channels(value).float().mean()
+        for who, share in found.items():
             shares[f"train/dead_{who}"] = share
             if share > MANY_DEAD and who not in module.told:
                 module.told.add(who)

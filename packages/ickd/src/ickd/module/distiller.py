@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,14 +18,16 @@ from torchmetrics.classification import MulticlassAccuracy
 from ickd.cache import TeacherCache
 from ickd.folding import fold
 from ickd.metrics import SegmentationMetrics
+from ickd.module.batches import as_batch
 from ickd.module.checks import (
     check_classes,
-    check_finite_terms,
+    check_finite,
+    check_strategy,
     naming_terms,
     warn_of_dead_channels,
+    warn_of_score,
     warn_of_teacher,
 )
-from ickd.module.fitting import fit_recipe
 from ickd.module.objective import IGNORE, Objective, Pair, parse_losses
 from ickd.module.optimisation import (
     FAST,
@@ -33,11 +37,11 @@ from ickd.module.optimisation import (
     make_schedule,
     parameter_groups,
 )
-from ickd.networks import Network, load_pretrained, load_weights, open_network
+from ickd.module.starting import check_size, example_taps, freeze, load_start, make_network
+from ickd.networks import Network
 from tenfold.device import channels_last as to_channels_last
 from tenfold.distillation import Taps
 from tenfold.errors import UserError
-from tenfold.training import LAST
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +83,8 @@ class Distiller(LightningModule):
         warmup: float = 0.0,
         paper_decay: bool = False,
         init_epochs: int = 0,
-        init_lr: float = 0.05,
+        init_lr: float | None = None,
+        scale_lr: bool = False,
         fast_head: bool = False,
         adaptor_factor: float = 1.0,
         channels_last: bool = False,
@@ -102,9 +107,9 @@ class Distiller(LightningModule):
             teacher_init: as `student_init`.
             teacher_ckpt: file with the teacher's weights: a run of ickd, or a published one.
             teacher_recipe: trains the teacher by this recipe first, in a folder of the run, where
-                there is no file of it.
+                it has no weights; without effect if the recipe trains another network.
             teacher_cache: file of `cache-teacher`, read instead of running the teacher; "memory"
-                computes it when training begins.
+                computes it when training begins, where images look the same in every epoch.
             student_options: further arguments of `open_network`, such as mean, std, image_size.
             teacher_options: likewise.
             optimizer: "sgd" or "adamw".
@@ -114,10 +119,12 @@ class Distiller(LightningModule):
             nesterov: of SGD.
             schedule: "constant", "multistep", "cosine", "poly" or "onecycle".
             milestones: of "multistep": epochs after which the rate falls to a tenth.
-            warmup: share of the steps in which the rate grows.
+            warmup: share of the steps in which the rate grows; of "onecycle" 0.3 if it is 0.
             paper_decay: let norms and biases decay too, as the papers' programs do.
-            init_epochs: epochs in front in which ab, fsp or ft prepare the student or an adaptor.
-            init_lr: learning rate of these epochs.
+            init_epochs: epochs in front in which ab, fsp or ft prepare the student or an adaptor;
+                without effect beside other losses.
+            init_lr: learning rate of these epochs; that of the task if left out.
+            scale_lr: multiply the learning rates by the number of processes.
             fast_head: ten times the rate for a segmentation network's head and for adaptors.
             adaptor_factor: learning rate of adaptors, in those of the student.
             channels_last: order of convolutions' memory, usually faster.
@@ -129,30 +136,47 @@ class Distiller(LightningModule):
         """
         super().__init__()
         self.save_hyperparameters(ignore=_modules(student=student, teacher=teacher))
-        if student_init not in ("scratch", "pretrained"):
-            raise UserError(f"student_init must be scratch or pretrained, got {student_init!r}")
+        self._check_arguments()
         self.pairs = [Pair(*pair) for pair in pairs or ()]
         names = [[pair.student for pair in self.pairs], [pair.teacher for pair in self.pairs]]
-        self.student = _network(student, num_classes, names[0], student_options)
-        self.teacher = (
-            None if teacher is None else _network(teacher, num_classes, names[1], teacher_options)
-        )
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False).eval()
+        self.student = make_network(student, num_classes, names[0], student_options)
+        self.teacher: Network | None = None
+        if teacher is not None:
+            self.teacher = make_network(teacher, num_classes, names[1], teacher_options)
+            freeze(self.teacher, new=isinstance(teacher, str))
         choices = parse_losses(losses)
-        ours = _example_taps(self.student)
-        theirs = None if self.teacher is None else _example_taps(self.teacher)
+        pixels = self.student.example(2)
+        if self.teacher is not None and self.student.expects.size:
+            pixels = self.teacher.example(2)  # of the two, the one that takes images as they come
+        ours = example_taps(self.student, pixels)
+        theirs = None if self.teacher is None else example_taps(self.teacher, pixels)
         check_classes(choices, ours, theirs)
         self.objective = Objective(choices, ours, theirs, ce_weight, self.pairs, init_epochs)
+        if not self.objective.acts:
+            what = "ce_weight is 0 and no loss acts beside it: there is nothing to learn from"
+            raise UserError(what, fix="name a loss with --losses, or leave ce_weight out")
         assert ours.logits is not None
         self.num_classes, self.dense = ours.logits.shape[1], ours.logits.ndim == 4
+        said = None if theirs is None else theirs.logits
+        self.comparable = said is not None and said.shape[1] == self.num_classes
         self.cache: TeacherCache | None = None
         self.folded: list[Network] = []  # a list: no second teacher in the state dict
         if self.hparams["channels_last"]:
             to_channels_last(self.student)
-        self.teacher_scored = False
+        self.teacher_scored, self.predicted = False, 0
         self.told: set[str] = set()
         self._make_metrics()
+
+    def _check_arguments(self) -> None:
+        given = self.hparams
+        for which in ("student_init", "teacher_init"):
+            if given[which] not in get_args(Init):
+                known = " or ".join(get_args(Init))
+                raise UserError(f"{which} must be {known}, got {given[which]!r}")
+        for name in ("init_lr", "adaptor_factor"):
+            value = given[name]
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name} must be above 0, got {value}")
 
     # -- networks ------------------------------------------------------------------------------
 
@@ -173,10 +197,10 @@ class Distiller(LightningModule):
         return self.student(pixels)
 
     def setup(self, stage: str) -> None:
-        """Loads the weights that training starts from, and checks that the data fit.
+        """Checks that the data fit, and hands them to the losses.
 
         Raises:
-            UserError: a file is missing or of another network, or the data have other classes.
+            UserError: the data have other classes, or images that a network does not take.
         """
         data = getattr(self.trainer, "datamodule", None)
         known = getattr(data, "num_classes", 0)
@@ -187,49 +211,44 @@ class Distiller(LightningModule):
             )
         if stage != "fit":
             return
-        self._load("student", self.student)
-        if self.teacher is not None:
-            self._load("teacher", self.teacher)
-            warn_of_teacher(self.teacher, self.student, self.hparams, data)
+        check_strategy(self.objective, self.trainer.strategy)
+        # every run has a frozen teacher, and nobody can act on this
+        warnings.filterwarnings("ignore", "Found .* module.s. in eval mode")
+        for which, network in (("student", self.student), ("teacher", self.teacher)):
+            if network is not None and (size := getattr(data, "image_size", None)):
+                check_size(which, network, size, named=which in self.hparams)
+        cache = self.hparams["teacher_cache"]
+        if self.teacher is not None and cache not in (None, "memory") and not Path(cache).is_file():
+            TeacherCache.open(cache, self.teacher, data)  # tells it before a teacher is trained
         self.objective.set_labels(data)
 
-    def _load(self, which: str, network: Network) -> None:
-        if self.trainer.ckpt_path:  # a run that goes on has its weights in its checkpoint
-            return
-        if self.hparams[f"{which}_init"] == "pretrained":
-            load_pretrained(network)
-        path = self.hparams[f"{which}_ckpt"]
-        if path is None and which == "teacher" and self.hparams["teacher_recipe"]:
-            path = self._train_teacher()
-        if path is not None:
-            for note in load_weights(network, path):
-                log.info("%s: %s", path, note)
-
-    def _train_teacher(self) -> Path:
-        """The checkpoint of the teacher's own recipe, on data of the same kind as this run's."""
-        folder = Path(self.trainer.default_root_dir) / "teacher"
-        if self.trainer.is_global_zero:
-            same = {"classes", "teacher_size", "test_size", "val_size"}
-            given = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
-            changes = {key: value for key, value in given.items() if key in same}
-            log.info(
-                "the teacher is trained first, by the recipe %s", self.hparams["teacher_recipe"]
-            )
-            fit_recipe(self.hparams["teacher_recipe"], folder, data=changes)
-        self.trainer.strategy.barrier()
-        return folder / LAST
-
     def on_fit_start(self) -> None:
-        """Makes the teacher fast, from a cache or folded: its weights are in place now."""
+        """Reads the weights that training starts from, and makes the teacher fast.
+
+        Not earlier: only now it is known whether the run goes on, with its weights in place.
+
+        Raises:
+            UserError: a file is missing or of another network, or features cannot be cached.
+        """
+        cache = self.hparams["teacher_cache"]
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self.cache, self.folded = None, []
+        load_start(self, "student", self.student)
         if self.teacher is None:
             return
-        cache, data = self.hparams["teacher_cache"], getattr(self.trainer, "datamodule", None)
+        trained = load_start(self, "teacher", self.teacher)
+        warn_of_teacher(self.teacher, self.student, data, trained=trained)
         self.objective.set_margins(self.teacher, data)
-        if cache == "memory":
+        if cache is not None and data is None:
+            what = "teacher_cache finds features by the images of a data module, and there is none"
+            raise UserError(what, fix="leave teacher_cache out, or train on a data module")
+        if cache == "memory" and data.deterministic:
             self.cache = TeacherCache.compute(self.teacher, data)
-        elif cache is not None:
+        elif cache not in (None, "memory"):
             self.cache = TeacherCache.open(cache, self.teacher, data)
-        elif self.hparams["fold_teacher"]:
+        elif cache == "memory":
+            log.info("images are augmented: the teacher sees every one, teacher_cache has no use")
+        if self.cache is None and self.hparams["fold_teacher"]:
             self.folded = [fold(self.teacher)]
 
     # -- training ------------------------------------------------------------------------------
@@ -245,6 +264,9 @@ class Distiller(LightningModule):
         """What the teacher says about a batch, computed or from the cache."""
         if self.teacher is None or not self.objective.choices:
             return None
+        if self.cache is not None and batch.index is None:
+            what = "cached features are found by the image's index, which the loader does not give"
+            raise UserError(what, fix="give it (images, labels, index), or leave teacher_cache out")
         if self.cache is not None:
             return self.cache.rows(batch.index)
         return self.taps_of((self.folded or [self.teacher])[0], batch.image)
@@ -255,65 +277,82 @@ class Distiller(LightningModule):
         Raises:
             UserError: features or terms that are NaN or infinite.
         """
+        batch = as_batch(batch)
         teacher = self.teacher_taps(batch)
-        student = self.taps_of(self.student, batch.image)
+        reads = self.objective.reads_student(self.current_epoch)
+        student = self.taps_of(self.student, batch.image) if reads else Taps()
         facts = {"label": batch.label, "index": batch.index}
+        facts = {key: value for key, value in facts.items() if value is not None}
         with naming_terms(self.teacher, teacher, batch):
             terms = self.objective(student, teacher, facts, self.current_epoch)
         loss = torch.stack(list(terms.values())).sum()
-        check_finite_terms(loss, terms, self.teacher, teacher, batch)
+        check_finite(terms, student, self.teacher, teacher, batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
-        if self.global_step % 100 == 0:
+        if self.global_step % 100 == 0 and reads:
             self.log_dict(warn_of_dead_channels(self, student, teacher))
         return loss
 
+    def on_train_start(self) -> None:
+        """A resumed epoch does not start again: what learns in it is settled here."""
+        self.objective.freeze(self.current_epoch)
+
     def on_train_epoch_start(self) -> None:
         """After the preparation the optimiser begins anew, as a second run would."""
+        self.objective.freeze(self.current_epoch)
         if self.current_epoch == self.objective.init_epochs > 0:
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
     def configure_optimizers(self) -> Any:
-        """The optimiser and the learning rate of every step."""
-        arguments = self.hparams
-        groups = parameter_groups(
-            self._parts(),
-            arguments["lr"],
-            arguments["weight_decay"],
-            decay_all=arguments["paper_decay"],
-        )
+        """The optimiser and the learning rate of every step.
+
+        Raises:
+            UserError: numbers out of range, or training without an end.
+        """
+        given, init_epochs = self.hparams, self.objective.init_epochs
+        lr = given["lr"] * (self.trainer.world_size if given["scale_lr"] else 1)
+        decay_all = given["paper_decay"]
+        groups = parameter_groups(self._parts(), lr, given["weight_decay"], decay_all=decay_all)
         optimizer = make_optimizer(
-            groups,
-            arguments["optimizer"],
-            arguments["lr"],
-            arguments["momentum"],
-            arguments["nesterov"],
+            groups, given["optimizer"], lr, given["momentum"], given["nesterov"]
         )
+        steps, per_epoch = self._steps()
+        epochs = self.trainer.max_epochs
+        if epochs is not None and 0 < epochs <= init_epochs:
+            what = "all %d epochs prepare the task, which is never trained; take more of them"
+            log.warning(what, epochs)
         schedule = make_schedule(
             optimizer,
-            arguments["schedule"],
-            steps=max(1, int(self.trainer.estimated_stepping_batches)),
-            epochs=self.trainer.max_epochs or 1,
-            milestones=arguments["milestones"],
-            warmup=arguments["warmup"],
-            init_epochs=arguments["init_epochs"],
-            init_factor=arguments["init_lr"] / arguments["lr"],
+            given["schedule"],
+            steps=steps,
+            per_epoch=per_epoch,
+            milestones=given["milestones"],
+            warmup=given["warmup"],
+            init_epochs=init_epochs,
+            init_factor=(given["init_lr"] or given["lr"]) / given["lr"],
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        plan = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": plan}
+
+    def _steps(self) -> tuple[int, int]:
+        """Optimiser steps of the whole run, and of an epoch."""
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            what = "the learning rate follows the length of the run, which has no end"
+            raise UserError(what, fix="give --trainer.max_epochs or --trainer.max_steps")
+        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        per_epoch = math.ceil(batches) if math.isfinite(batches) else steps
+        return max(1, int(steps)), max(1, int(per_epoch))
 
     def _parts(self) -> list[tuple[nn.Module, float]]:
         """Modules that learn, and the factors of their learning rates."""
         fast = self.hparams["fast_head"]
         adaptors = FAST if fast else self.hparams["adaptor_factor"]
         backbone = getattr(self.net, "backbone", None)
-        if not fast or backbone is None:
-            return [(self.net, 1.0), (self.objective, adaptors)]
-        heads = [part for part in self.net.children() if part is not backbone]
-        return [(backbone, 1.0), *((head, FAST) for head in heads), (self.objective, adaptors)]
+        if fast and isinstance(backbone, nn.Module):  # what is in two parts belongs to the first
+            return [(backbone, 1.0), (self.net, FAST), (self.objective, adaptors)]
+        return [(self.net, 1.0), (self.objective, adaptors)]
 
     # -- evaluation ----------------------------------------------------------------------------
 
@@ -331,46 +370,45 @@ class Distiller(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Scores of the student; once in a run those of the teacher beside them."""
+        batch = as_batch(batch)
         self._measure(batch, "val")
-        if self.trainer.state.fn == TrainerFn.FITTING and self._scores_teacher():
+        if self._scores_teacher():
             assert self.teacher is not None
             self.teacher_score.update(self.teacher(batch.image), batch.label)
 
     def _scores_teacher(self) -> bool:
         """Whether the teacher is still to be measured, and can be."""
-        if self.teacher is None or self.teacher_scored:
-            return False
-        return self.teacher_score.num_classes == self._teacher_classes()
-
-    def _teacher_classes(self) -> int:
-        assert self.teacher is not None
-        return int(getattr(self.teacher.net, "num_classes", self.num_classes))
+        fits = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        return fits and self.comparable and not self.teacher_scored
 
     def on_validation_epoch_end(self) -> None:
-        """Warns of a teacher that has nothing to teach."""
-        if self.trainer.state.fn != TrainerFn.FITTING or not self._scores_teacher():
+        """Tells the score of masks; once in a run warns of a teacher that has nothing to teach."""
+        self._judge_teacher()
+        self._log_masks("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Tells the score of masks."""
+        self._log_masks("test")
+
+    def _log_masks(self, split: str) -> None:
+        if self.dense:
+            found = {f"{split}/{name}": value for name, value in self.score.compute().items()}
+            self.log_dict(found, prog_bar=True)
+            self.score.reset()
+
+    def _judge_teacher(self) -> None:
+        if not self._scores_teacher():
             return
         self.teacher_scored = True
         teacher, student = _main(self.teacher_score.compute()), _main(self.score.compute())
         self.teacher_score.reset()
         self.log("val/teacher", teacher)
-        chance = 1.0 / self.num_classes
-        name = "mIoU" if self.dense else "accuracy"
-        reasons = "wrong checkpoint, normalisation or order of classes?"
-        if not self.dense and teacher < 1.5 * chance:
-            log.warning("the teacher is at chance (%s %.3f): %s", name, teacher, reasons)
-        elif teacher <= student:
-            log.warning(
-                "the teacher (%s %.3f) is not better than the student (%.3f): %s",
-                name,
-                teacher,
-                student,
-                reasons,
-            )
+        metric, chance = ("mIoU", 0.0) if self.dense else ("accuracy", 1.0 / self.num_classes)
+        warn_of_score(metric, teacher, student, chance)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Scores of the student."""
-        self._measure(batch, "test")
+        self._measure(as_batch(batch), "test")
 
     def _measure(self, batch: Any, split: str) -> None:
         logits = self.student(batch.image)
@@ -384,8 +422,12 @@ class Distiller(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One row for each image: index or file, label and score; of masks the share of classes."""
-        files = getattr(self.trainer.datamodule, "predict_files", ())  # pyright: ignore[reportAttributeAccessIssue]
-        images = [str(files[n]) if files else n for n in batch.index.tolist()]
+        batch = as_batch(batch)
+        files = getattr(getattr(self.trainer, "datamodule", None), "predict_files", ())
+        before = self.predicted if batch_idx else 0
+        self.predicted = before + len(batch.image)
+        numbers = range(before, self.predicted) if batch.index is None else batch.index.tolist()
+        images = [str(files[n]) if files else n for n in numbers]
         score, label = self.student(batch.image).softmax(1).max(1)
         if self.dense:
             shares = [torch.bincount(mask.flatten(), minlength=self.num_classes) for mask in label]
@@ -400,31 +442,6 @@ class Distiller(LightningModule):
 def _modules(**networks: object) -> list[str]:
     """Names of the arguments that are modules, which a checkpoint cannot keep as arguments."""
     return [name for name, given in networks.items() if isinstance(given, nn.Module)]
-
-
-def _network(
-    given: str | nn.Module,
-    num_classes: int | None,
-    taps: Sequence[str],
-    options: Mapping[str, Any] | None,
-) -> Network:
-    if isinstance(given, Network):
-        return given
-    if isinstance(given, nn.Module):
-        return Network(given, tap_names=taps)
-    chosen = {"num_classes": num_classes, "taps": taps, **(options or {})}
-    return open_network(given, **chosen)
-
-
-@torch.no_grad()
-def _example_taps(network: Network) -> Taps:
-    """Taps of two empty images, for shapes alone; modes and statistics stay as they are."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    taps = network.taps(network.example(2))
-    for module, training in modes:
-        module.training = training
-    return taps
 
 
 def _main(score: Any) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
-from tenfold.cli import load
+from tenfold.cli import load, silence_noise
 from tenfold.data import DataModule
 from tenfold.recipes import recipe_parts
 from tenfold.runs import begun, make_trainer
 
 if TYPE_CHECKING:
     from ickd.module.distiller import Distiller
+
+log = logging.getLogger(__name__)
+
+_OF_THE_IMAGES = {
+    *("source", "root", "eval_source", "eval_root", "image_column", "label_column"),
+    *("classes", "class_names", "image_size", "base_size", "mean", "std", "sbd"),
+    *("teacher_size", "val_size", "test_size"),
+}
+"""Arguments of the data that a teacher's recipe takes over from the student's run."""
 
 
 def fit_recipe(
@@ -66,9 +77,49 @@ def fit_recipe(
         progress=progress,
         callbacks=callbacks,
         limit_val_batches=None if validate else 0,
+        default_root_dir=folder,
     )
-    trainer.fit(module, datamodule=images, ckpt_path=begun(folder, module, length))
+    with warnings.catch_warnings():
+        silence_noise()
+        trainer.fit(module, datamodule=images, ckpt_path=begun(folder, module, length))
     return module.eval(), images
+
+
+def teacher_recipe(arguments: Mapping[str, Any]) -> str | None:
+    """The recipe that trains the teacher of a Distiller with these arguments.
+
+    None where it has weights, or where the recipe trains another network.
+    """
+    recipe: str | None = arguments.get("teacher_recipe")
+    pretrained = arguments.get("teacher_init") == "pretrained"
+    if recipe is None or pretrained or arguments.get("teacher_ckpt") is not None:
+        return None
+    trained = recipe_parts("ickd", recipe)["model"]["init_args"]["student"]
+    if trained == arguments.get("teacher"):
+        return recipe
+    log.info("the recipe %s is left out: it trains %s, which is not the teacher", recipe, trained)
+    return None
+
+
+def fit_teacher(
+    recipe: str,
+    folder: Path,
+    arguments: Mapping[str, Any],
+    data: Mapping[str, Any],
+    **options: Any,
+) -> tuple[Distiller, DataModule]:
+    """Train a teacher by its recipe, on images of the same kind as its student's.
+
+    Args:
+        recipe: its name, see `teacher_recipe`.
+        folder: of the run.
+        arguments: of the student's Distiller.
+        data: arguments of the student's data; those of the images are taken over.
+        **options: further arguments of `fit_recipe`.
+    """
+    model = {key: arguments[key] for key in ("num_classes",) if arguments.get(key) is not None}
+    images = {k: v for k, v in data.items() if k in _OF_THE_IMAGES and v is not None}
+    return fit_recipe(recipe, folder, model=model, data=images, **options)
 
 
 def make_data(recipe: str, changes: Mapping[str, Any] | None = None) -> DataModule:

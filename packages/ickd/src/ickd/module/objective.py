@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from ickd.module.margins import teacher_margins
 from ickd.networks import Network
-from tenfold.distillation import DistillationLoss, ICCLoss, OFDLoss, Taps, loss_class
+from tenfold.distillation import (
+    CRDLoss,
+    DistillationLoss,
+    FTLoss,
+    ICCLoss,
+    OFDLoss,
+    Taps,
+    loss_class,
+)
+from tenfold.distillation.base import in_full_precision
 from tenfold.errors import UserError
 
 UNLABELLED = -1
@@ -83,7 +92,11 @@ class Objective(nn.Module):
         ce_weight: factor of the cross-entropy.
         pairs: weights of the taps, where they were named in pairs: a loss that compares one map is
             then taken at every pair, with an adaptor of its own.
-        init_epochs: epochs in which losses that prepare the student or an adaptor act alone.
+        init_epochs: epochs in which losses that prepare the student or an adaptor act alone;
+            without effect where no loss does.
+
+    Attributes:
+        init_epochs: as it takes effect.
 
     Raises:
         UserError: losses without a teacher, or that these two networks cannot be compared with.
@@ -99,8 +112,12 @@ class Objective(nn.Module):
         init_epochs: int = 0,
     ) -> None:
         super().__init__()
+        if not (math.isfinite(ce_weight) and ce_weight >= 0):
+            raise UserError(f"ce_weight must be 0 or more, got {ce_weight}")
+        if init_epochs < 0:
+            raise UserError(f"init_epochs must be 0 or more, got {init_epochs}")
         self.choices, self.ce_weight = list(choices), ce_weight
-        self.pairs, self.init_epochs = list(pairs), init_epochs
+        self.pairs = list(pairs)
         if choices and teacher is None:
             names = ", ".join(choice.name for choice in choices)
             raise UserError(f"{names} need a teacher", fix="name one with --teacher")
@@ -109,10 +126,11 @@ class Objective(nn.Module):
             assert teacher is not None
             for key, ours, theirs, _ in self._places(choice, student, teacher):
                 self.losses[key] = _build(choice, ours, theirs)
-        prepares = [c.name for c in self.choices if _prepares(self.losses, c.name)]
+        prepares = [c.name for c in self.choices if prepares_first(c.name)]
         if prepares and not init_epochs:
             what = f"{', '.join(prepares)} prepare the student or an adaptor before the task"
             raise UserError(what, fix="give --model.init_epochs, such as 30")
+        self.init_epochs = init_epochs if prepares else 0
 
     def _places(
         self, choice: LossChoice, student: Taps, teacher: Taps
@@ -139,19 +157,42 @@ class Objective(nn.Module):
                 loss.set_labels(torch.as_tensor(data.train_labels()))
 
     def set_margins(self, teacher: Network, data: Any) -> None:
-        """Gives OFD the margins of the teacher's channels; its weights are in place by now."""
+        """Gives OFD the margins of the teacher's channels; its weights are in place by now.
+
+        Without a data module they are measured, where no batch norm tells them, on empty images.
+        """
         for loss in self.losses.values():
             if isinstance(loss, OFDLoss):
-                batch = next(iter(data.train_dataloader()))
-                pixels = batch.image.to(loss.margins[0].device)
-                for known, margin in zip(loss.margins, teacher_margins(teacher, pixels), strict=True):
+                pixels = teacher.example(2)
+                if data is not None:
+                    pixels = next(iter(data.train_dataloader())).image.to(pixels.device)
+                found = teacher_margins(teacher, pixels)
+                for known, margin in zip(loss.margins, found, strict=True):
                     known.copy_(margin)
 
     def preparing(self, epoch: int) -> bool:
         """Whether this epoch only prepares."""
-        return epoch < self.init_epochs and any(
-            _prepares(self.losses, c.name) for c in self.choices
-        )
+        return epoch < self.init_epochs
+
+    def reads_student(self, epoch: int) -> bool:
+        """Whether the student has a part in this epoch; a paraphraser learns without it."""
+        inits = (loss_class(choice.name).stage == "init" for choice in self.choices)
+        return not self.preparing(epoch) or any(inits)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the student has anything to learn from after the preparation."""
+        joint = (loss_class(choice.name).stage == "joint" for choice in self.choices)
+        return self.ce_weight > 0 or any(joint)
+
+    def freeze(self, epoch: int) -> None:
+        """Lets what is only prepared learn while it is, and no more afterwards."""
+        preparing = self.preparing(epoch)
+        for loss in self.losses.values():
+            if isinstance(loss, FTLoss):
+                loss.paraphraser.requires_grad_(preparing)
+            elif isinstance(loss, DistillationLoss) and loss.stage == "init":
+                loss.requires_grad_(preparing)
 
     def forward(
         self, student: Taps, teacher: Taps | None, batch: Mapping[str, Tensor], epoch: int = 0
@@ -164,12 +205,14 @@ class Objective(nn.Module):
             batch: "label" and "index".
             epoch: counted from 0.
         """
+        label = _whole_labels(batch["label"])
+        batch = {**batch, "label": label.flatten()}
         if self.preparing(epoch):
             return self._preparation(student, teacher, batch)
         terms = {}
         if self.ce_weight:
             assert student.logits is not None
-            terms["ce"] = self.ce_weight * cross_entropy(student.logits, batch["label"])
+            terms["ce"] = self.ce_weight * cross_entropy(student.logits, label)
         for choice in self.choices:
             assert teacher is not None
             if loss_class(choice.name).stage == "init":
@@ -200,25 +243,37 @@ class Objective(nn.Module):
         assert teacher is not None
         terms = {}
         for choice in self.choices:
-            loss: Any = dict(self.losses.items()).get(choice.name)
-            if hasattr(loss, "reconstruction"):
-                terms[choice.name] = loss.reconstruction(teacher.signal(loss.signal))
-            elif loss_class(choice.name).stage == "init":
-                terms |= {
-                    k: choice.weight * v for k, v in loss.terms(student, teacher, batch).items()
-                }
+            for key, ours, theirs, weight in self._places(choice, student, teacher):
+                loss = self.losses[key]
+                assert isinstance(loss, DistillationLoss)
+                if isinstance(loss, FTLoss):
+                    terms[key] = loss.reconstruction(theirs.signal(loss.signal))
+                elif loss.stage == "init":
+                    found = loss.terms(ours, theirs, batch)
+                    terms |= {k: choice.weight * weight * v for k, v in found.items()}
         return terms
 
 
 def _build(choice: LossChoice, student: Taps, teacher: Taps) -> DistillationLoss[Any]:
+    kind = loss_class(choice.name)
+    # YAML and JSON have no tuples
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in choice.options.items()}
+    if issubclass(kind, CRDLoss) and options.get("n_data") is None:
+        what = f"{choice.name} remembers a vector of every training image, and needs their number"
+        raise UserError(what, fix=f'give it, such as {{"{choice.name}": {{"n_data": 50000}}}}')
     try:
-        return loss_class(choice.name).for_taps(_flat(student), _flat(teacher), **choice.options)
+        if issubclass(kind, CRDLoss):  # its labels come with the data, see `set_labels`
+            sizes = (taps.signal(kind.signal).shape[1] for taps in (student, teacher))
+            return kind(*sizes, **options)
+        return kind.for_taps(_flat(student), _flat(teacher), **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot build the loss {choice.name}: {error}") from error
 
 
-def _prepares(losses: nn.ModuleDict, name: str) -> bool:
-    return loss_class(name).stage == "init" or hasattr(losses[name], "reconstruction")
+def prepares_first(name: str) -> bool:
+    """Whether a loss has epochs of its own, in front of the others'."""
+    kind = loss_class(name)
+    return kind.stage == "init" or issubclass(kind, FTLoss)
 
 
 def _at(taps: Taps, index: int) -> Taps:
@@ -233,14 +288,18 @@ def _flat(taps: Taps) -> Taps:
     return replace(taps, logits=logits.movedim(1, -1).reshape(-1, logits.shape[1]))
 
 
+def _whole_labels(label: Tensor) -> Tensor:
+    """Labels in which nothing but -1 stands for none."""
+    return label.masked_fill(label == IGNORE, UNLABELLED) if label.ndim > 1 else label
+
+
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Mean over what has a label, 0 where nothing has one.
 
     Args:
         logits: (batch, classes) or (batch, classes, height, width).
-        label: (batch,), -1 for none; or (batch, height, width), 255 for none.
+        label: (batch,), or (batch, height, width); -1 for none.
     """
-    ignore = UNLABELLED if label.ndim == 1 else IGNORE
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    total = F.cross_entropy(logits, label, ignore_index=ignore, reduction="sum")
-    return total / (label != ignore).sum().clamp_min(1)
+    logits = in_full_precision(logits)
+    total = F.cross_entropy(logits, label, ignore_index=UNLABELLED, reduction="sum")
+    return total / (label != UNLABELLED).sum().clamp_min(1)

@@ -51,12 +51,17 @@ def make_optimizer(
     """SGD or AdamW over parameter groups.
 
     Raises:
-        UserError: another name, or numbers out of range.
+        UserError: another name, numbers out of range, or nothing to train.
     """
     if not (math.isfinite(lr) and lr > 0):
         raise UserError(f"lr must be above 0, got {lr}")
     if not 0 <= momentum < 1:
         raise UserError(f"momentum must be from 0 to below 1, got {momentum}")
+    for group in groups:
+        if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
+            raise UserError(f"weight_decay must be 0 or more, got {group['weight_decay']}")
+    if not groups:
+        raise UserError("all weights of the student are frozen", fix="let some require gradients")
     if name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov and momentum > 0)
     if name == "adamw":
@@ -69,7 +74,7 @@ def make_schedule(
     name: str,
     *,
     steps: int,
-    epochs: int,
+    per_epoch: int,
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
     warmup: float = 0.0,
@@ -81,12 +86,13 @@ def make_schedule(
     Args:
         optimizer: its groups hold the highest learning rates.
         name: "constant"; "multistep", times `gamma` after each milestone; "cosine" to 0; "poly",
-            (1 - progress)^0.9; "onecycle", of torch.
+            (1 - progress)^0.9; "onecycle", of torch. Progress runs from 0 to 1 over the steps
+            behind preparation and warm-up.
         steps: of the whole run.
-        epochs: of the whole run.
+        per_epoch: steps of an epoch.
         milestones: epochs, counted from 1 without the preparation, after which the rate falls.
         gamma: see `name`.
-        warmup: share of the steps in which the rate grows.
+        warmup: share of the steps in which the rate grows; of "onecycle" 0.3 if it is 0.
         init_epochs: epochs of preparation in front, whose rate is constant.
         init_factor: that rate, in those of the optimizer.
 
@@ -98,23 +104,52 @@ def make_schedule(
         raise UserError(f"schedule must be one of {known}, got {name!r}")
     if not 0 <= warmup < 1:
         raise UserError(f"warmup must be a share of the steps from 0 to below 1, got {warmup}")
-    if name == "onecycle":
-        top = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, top, total_steps=max(steps, 2), pct_start=warmup or 0.3)
-    per_epoch = steps / max(epochs, 1)
     start = init_epochs * per_epoch
+    if name == "onecycle":
+        return _LateOneCycle(optimizer, start, init_factor, steps - start, warmup or 0.3)
+    growing = warmup * (steps - start)
 
     def factor(step: int) -> float:
-        if step < start:
+        step -= start
+        if step < 0:
             return init_factor
-        done = min(1.0, (step - start) / max(steps - start, 1))
-        if warmup and done < warmup:
-            return (step - start + 1) / max(warmup * (steps - start), 1)
+        if step < growing:
+            return min(1.0, (step + 1) / growing)
         if name == "multistep":
-            epoch = (step - start) // max(per_epoch, 1)
+            epoch = step // max(per_epoch, 1)
             return gamma ** sum(epoch >= milestone for milestone in milestones)
+        left = 1 - min(1.0, (step - growing) / max(steps - start - growing, 1))
         if name == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        return (1 - done) ** 0.9 if name == "poly" else 1.0
+            return 0.5 * (1 - math.cos(math.pi * left))
+        return left**0.9 if name == "poly" else 1.0
 
     return LambdaLR(optimizer, factor)
+
+
+class _LateOneCycle(OneCycleLR):
+    """Torch's cycle of rates and momenta, with steps of a constant rate in front of it.
+
+    Args:
+        optimizer: its groups hold the highest learning rates.
+        wait: steps in front.
+        factor: their rate, in the highest ones.
+        steps: of the cycle.
+        warmup: share of these in which the rate grows.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, wait: int, factor: float, steps: int, warmup: float
+    ) -> None:
+        top = [group["lr"] for group in optimizer.param_groups]
+        self.wait, self.constant = wait, [rate * factor for rate in top]
+        super().__init__(optimizer, top, total_steps=max(steps, 2), pct_start=warmup)
+
+    def get_lr(self) -> Any:
+        """The rates of the present step."""
+        if self.last_epoch < self.wait:
+            return self.constant
+        self.last_epoch -= self.wait
+        try:
+            return super().get_lr()
+        finally:
+            self.last_epoch += self.wait

@@ -79,6 +79,8 @@ def dots(
     colors = loss_colors([row.losses for row in ordered])
     gains = any(row.gain is not None for row in rows)
     fig, panels = figure(9.6 if gains else 5.4, 1.75 + 0.36 * len(rows), columns=1 + gains)
+    with style():
+        fig.set_layout_engine("constrained", wspace=0.08)
     _draw_seeds(panels[0], ordered, colors, teacher)
     name = score[:1].upper() + score[1:]
     title(panels[0], name, "every seed, and the mean of each set of losses")
@@ -114,7 +116,7 @@ def accuracy_against_cost(
     fig, (ax,) = figure(7.2, 4.6)
     front = _front(list(places.values()))
     if len(front) > 1:
-        x, y = zip(*front, strict=True)
+        x, y = np.array(front).T
         label = "nothing is both cheaper and better"
         curve(ax, x, y, label=label, color=MUTED, marker="", linestyle=":")
     for row, _ in known:

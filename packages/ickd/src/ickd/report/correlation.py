@@ -194,7 +194,7 @@ def _draw_figures(ax: Axes, networks: Sequence[_Network]) -> None:
                 y += 0.68
             y += 0.45
         ax.set(xlim=(0, 1), ylim=(max(y, 7.0) - 0.5, -0.5))  # bars of a few keep their size
-    title(ax, "Diversity", "rank and pairs: of a network's own channels")
+    title(ax, "Diversity", "rank and pairs: of own channels")
 
 
 def _draw_histogram(ax: Axes, networks: Sequence[_Network]) -> None:

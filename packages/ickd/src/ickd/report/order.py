@@ -46,7 +46,7 @@ def cluster_channels(
     that neighbours are as near as they can be (Bar-Joseph et al., 2001).
 
     Args:
-        correlation: of the teacher's channels; rows of zeros make a group of their own.
+        correlation: of the teacher's channels; rows of zeros come to lie side by side.
         groups: at most so many.
     """
     count = len(correlation)

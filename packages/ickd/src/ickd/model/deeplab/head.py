@@ -90,7 +90,7 @@ class ASPP(nn.Module):
             UserError: a training batch of one image, whose mean has no variance over the batch.
         """
         norm = self.global_avg_pool[2]
-        if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, nn.BatchNorm2d) and norm.training and len(x) == 1:
             raise UserError(
                 "DeepLab cannot be trained on a batch of one image: the batch norm behind its "
                 "image pooling has a single value for each channel",
