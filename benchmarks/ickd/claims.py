@@ -10,7 +10,7 @@ Four parts, each of one teacher and many students, all compared with the same st
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from benchmarks.results import Results, work_folder
 from ickd.comparison import compare_losses, evaluate
 from ickd.module import fit_recipe
 from tenfold.errors import UserError
-from tenfold.training import LAST
 
 PROCESSES = 2
 
@@ -113,31 +112,43 @@ def run_part(
     """All runs of a part, two at a time with a thread each; those without a teacher come first."""
     folder = work_folder("ickd") / name
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, spawn, initializer=_one_thread) as pool:
+    pool = ProcessPoolExecutor(PROCESSES, spawn, initializer=_one_thread)
+    try:
         teachers = {
-            seed: pool.submit(train_teacher, part.teacher, folder / f"teacher-{seed}", seed, data)
+            f"{name}/teacher/{seed}": (part.teacher, folder / f"teacher-{seed}", seed, data)
             for seed in (seeds[:1] if part.one_teacher else seeds)
-            if f"{name}/teacher/{seed}" not in results.runs
         }
-        alone = {
-            f"{name}/none/{seed}": pool.submit(
-                train_student, part, "none", folder, seed, None, data
+        students = {
+            f"{name}/{losses}/{seed}": (
+                part,
+                losses,
+                folder,
+                seed,
+                folder / f"teacher-{seeds[0] if part.one_teacher else seed}",
+                data,
             )
             for seed in seeds
-            if f"{name}/none/{seed}" not in results.runs
+            for losses in part.losses
         }
-        named = {f"{name}/teacher/{seed}": future for seed, future in teachers.items()}
-        keep(results, named)
-        taught = {}
-        for seed in seeds:
-            checkpoint = folder / f"teacher-{seeds[0] if part.one_teacher else seed}" / LAST
-            for losses in part.losses:
-                key = f"{name}/{losses}/{seed}"
-                if losses != "none" and key not in results.runs:
-                    taught[key] = pool.submit(
-                        train_student, part, losses, folder, seed, checkpoint, data
-                    )
-        keep(results, alone | taught)
+        alone = {key: given for key, given in students.items() if given[1] == "none"}
+        first = start(pool, train_teacher, teachers, results)
+        second = start(pool, train_student, alone, results)
+        keep(results, first)
+        taught = {key: given for key, given in students.items() if key not in alone}
+        keep(results, second | start(pool, train_student, taught, results))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start(
+    pool: ProcessPoolExecutor,
+    work: Callable[..., Any],
+    arguments: dict[str, tuple[Any, ...]],
+    results: Results,
+) -> dict[str, Future[Any]]:
+    """Hands out what is not finished yet."""
+    todo = {key: given for key, given in arguments.items() if key not in results.runs}
+    return {key: pool.submit(work, *given) for key, given in todo.items()}
 
 
 def keep(results: Results, futures: dict[str, Future[Any]]) -> None:
@@ -155,21 +166,21 @@ def _one_thread() -> None:
 def train_teacher(recipe: str, folder: Path, seed: int, data: dict[str, Any]) -> dict[str, Any]:
     """A teacher by its recipe, and its score."""
     module, images = fit_recipe(recipe, folder, seed=seed, data=data, progress=False)
-    metric, score = evaluate(module, images, "cpu")
+    metric, score = evaluate(module, module.student, images, "cpu")
     return {"score": 100 * score, "metric": metric}
 
 
 def train_student(
-    part: Part, losses: str, folder: Path, seed: int, teacher: Path | None, data: dict[str, Any]
+    part: Part, losses: str, folder: Path, seed: int, teacher: Path, data: dict[str, Any]
 ) -> dict[str, Any]:
-    """One student, and its score."""
+    """One student, and its score; `teacher` is the folder of its teacher's run."""
     found = compare_losses(
         part.recipe,
         [losses],
         folder / losses.replace(":", "-") / str(seed),
         seeds=[seed],
         weights=part.weights,
-        model={} if teacher is None else {"teacher_ckpt": str(teacher)},
+        model={} if losses == "none" else {"teacher_ckpt": str(teacher)},
         data=data,
         accelerator="cpu",
         progress=False,

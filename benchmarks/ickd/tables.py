@@ -46,19 +46,18 @@ def differences(
 
 
 def table(part: str, found: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """One part: every loss with its paired differences and what a step takes."""
+    """One part: every loss with its differences, paired by seed."""
     metric = next(iter(next(iter(found.values())).values()))["metric"]
     teacher = found.get("teacher", {})
     names = [PLAIN, *sorted(name for name in found if name not in (PLAIN, "teacher"))]
     rows = []
     for name in (name for name in names if name in found):
         values = [run["score"] for _, run in sorted(found[name].items())]
-        seconds = [run["seconds"] for run in found[name].values()]
         row = [name, plain(values, 2)]
         for other in (PLAIN, "kd"):
             apart = differences(found, name, other) if name not in (PLAIN, other) else []
             row.append(cell(apart) if apart else "")
-        rows.append([*row, f"{1000 * min(seconds):.1f} ms"])
+        rows.append(row)
     seeds = max(len(runs) for name, runs in found.items() if name != "teacher")
     alone = plain([run["score"] for run in teacher.values()], 1) if teacher else "not measured"
     head = [
@@ -66,6 +65,5 @@ def table(part: str, found: dict[str, dict[int, dict[str, Any]]]) -> str:
         f"test {metric}, %",
         "against none",
         "against kd",
-        "step",
     ]
     return f"{TITLES[part]}; {seeds} seeds, teacher {alone}:\n\n{markdown(head, rows)}"

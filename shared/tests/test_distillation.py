@@ -14,6 +14,7 @@ from tenfold.distillation import (
     DistillationLoss,
     KnowledgeDistillation,
     SoftTargetCrossEntropy,
+    Taps,
     available_losses,
     create_loss,
     register,
@@ -208,3 +209,10 @@ def test_a_feature_loss_takes_named_taps_and_trains_its_adaptor() -> None:
     loss = Hint("neck", 3, 5)
     loss({"neck": torch.ones(2, 3)}, {"neck": torch.zeros(2, 5)}).backward()
     assert [p.grad is not None for p in loss.parameters()] == [True, True]
+
+
+def test_soft_target_takes_the_softmax_of_a_teachers_logits() -> None:
+    zs, zt = logits(20, 4, 6), logits(21, 4, 6)
+    found = SoftTargetCrossEntropy().terms(Taps(logits=zs), Taps(logits=zt), {})
+    wanted = -(zt.softmax(-1) * zs.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(found["soft_target"], wanted)

@@ -666,7 +666,7 @@ def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(UserError, match=r"as many channels on both sides.*\(3, 5, 2, 2\)"):
         loss(s, normal(49, 3, 5, 2, 2))
     with pytest.raises(
-        UserError, match="without an embedding the student's 4 channels .* teacher's 5"
+        UserError, match=r"without an embedding the student's 4 channels .* teacher's 5"
     ):
         ICCLoss(4, 5, embed=False)
     with pytest.raises(UserError, match=r"the embedding takes maps \(batch, 7, .*got \(3, 4"):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ickd.convert import convert_checkpoint
     from ickd.data import ImageData, SegmentationData
     from ickd.folding import fold
+    from ickd.hub import from_pretrained, save_pretrained
     from ickd.metrics import SegmentationMetrics
     from ickd.module import Distiller, load_student
     from ickd.networks import Network, open_network
@@ -24,6 +25,7 @@ _HOMES = {
     "ickd.convert": ("convert_checkpoint",),
     "ickd.data": ("ImageData", "SegmentationData"),
     "ickd.folding": ("fold",),
+    "ickd.hub": ("from_pretrained", "save_pretrained"),
     "ickd.metrics": ("SegmentationMetrics",),
     "ickd.module": ("Distiller", "load_student"),
     "ickd.networks": ("Network", "open_network"),
@@ -43,10 +45,12 @@ __all__ = [
     "TeacherCache",
     "convert_checkpoint",
     "fold",
+    "from_pretrained",
     "get_loss",
     "icc_matrix",
     "load_student",
     "open_network",
+    "save_pretrained",
     "tap",
     "tap_points",
     "zoo",

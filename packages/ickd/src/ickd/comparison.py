@@ -201,7 +201,9 @@ def compare_losses(
     options = {"accelerator": accelerator, "progress": progress}
     for seed in seeds:
         own = seed if teacher_per_seed else 0
-        teacher = _teacher(recipe, model or {}, out, own, results, {**options, "data": data})
+        teacher = {}
+        if any(plan["model"]["losses"] for plan in plans.values()):
+            teacher = _teacher(recipe, model or {}, out, own, results, {**options, "data": data})
         for name, plan in plans.items():
             key = f"{name}/{seed}"
             if key in results.runs:

@@ -294,7 +294,7 @@ def _torchvision(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]
 def _unknown(library: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=3)
     fix = f"did you mean {', '.join(near)}?" if near else f"{library}'s list_models() has them"
-    return UserError(f"{library} has no classifier {name!r}", fix=fix)
+    return UserError(f"{library} has no model {name!r} that classifies images", fix=fix)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from tenfold.distillation.base import (
     in_full_precision,
     register,
 )
+from tenfold.distillation.taps import Taps
 
 
 @register("soft_target")
@@ -46,3 +49,10 @@ class SoftTargetCrossEntropy(DistillationLoss[Tensor]):
         check_same_shape(student_logits, target_probs)
         log_p = in_full_precision(student_logits).log_softmax(-1)
         return -(target_probs.detach().to(log_p.dtype) * log_p).sum(-1).mean()
+
+    def terms(
+        self, student: Taps, teacher: Taps, batch: Mapping[str, Tensor]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Compare with the teacher's probabilities, the softmax of its logits."""
+        said = in_full_precision(teacher.signal(self.signal)).softmax(-1)
+        return {self.name: self(student.signal(self.signal), said)}

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ickd.model.base import TappedNet
 from tenfold.distillation import Taps
 
 
@@ -48,14 +49,10 @@ class ResidualBody(nn.Module):
         return self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)
 
 
-class _Staged(nn.Module):
+class _Staged(TappedNet):
     """What both kinds of network share: stages one after the other, the first being the stem.
 
-    Attributes:
-        tap_names: modules whose outputs are the maps F_0, F_1, ...; `<name>.body` gives the map
-            before its activation.
-        tap_channels: the channels of those maps.
-        num_classes: length of the logits.
+    The maps are the stages' outputs; the module `stages.<i>.body` gives F_i before its activation.
     """
 
     def __init__(self, stages: Iterable[Stage], channels: tuple[int, ...], classes: int) -> None:
@@ -126,6 +123,8 @@ class BlobsNet(_Staged):
         tap = _conv_norm(2 * width, self.TAP_WIDTH)
         stages = (Stage(_conv_norm(3, width)), Stage(nn.Sequential(*trunk)), Stage(tap))
         super().__init__(stages, (width, 2 * width, self.TAP_WIDTH), num_classes)
+        self.tap_names += ("stages.2.body",)
+        self.tap_channels += (self.TAP_WIDTH,)
         self.head = nn.Conv2d(self.TAP_WIDTH, num_classes, 1)
 
     def forward(

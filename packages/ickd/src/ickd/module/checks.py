@@ -148,13 +148,15 @@ def check_finite(
     Raises:
         UserError: the teacher's layer and image, or else the terms of the loss.
     """
-    said = [] if taps is None or teacher is None else [*_named(teacher, taps).values()]
-    values = [*terms.values(), *([] if student.logits is None else [student.logits]), *said]
+    own = [*terms.values(), student.logits]
+    said = [] if taps is None else [*taps.maps, taps.last, taps.pooled, taps.logits]
+    own, said = ([value for value in some if value is not None] for some in (own, said))
+    values = [*own, *said]  # maps before their activation are read again only if something broke
     sums = torch.stack([value.detach().sum(dtype=torch.float32) for value in values])
     if torch.isfinite(sums).all():  # one wait for the device, not one for each
         return
     _check_features(teacher, taps, batch)
-    if not torch.isfinite(sums[: len(values) - len(said)]).all():
+    if not torch.isfinite(sums[: len(own)]).all():
         numbers = ", ".join(f"{name} {float(term):.4g}" for name, term in terms.items())
         what = "the student's loss or output is NaN or infinite"
         fix = "lower the learning rate, or the weight of the term that is not finite"

@@ -34,7 +34,8 @@ def make_network(
 ) -> Network:
     """A network by its name, or around a module."""
     if isinstance(given, Network) and taps:
-        return Network(given.net, given.name, given.expects, taps, given.example_size)
+        same = given.name, given.expects, taps, given.example_size
+        return Network(given.net, *same, options=given.options)
     if isinstance(given, Network):
         return given
     if isinstance(given, nn.Module):
