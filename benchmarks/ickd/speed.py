@@ -119,7 +119,7 @@ def step() -> dict[str, Any]:
     torch.manual_seed(0)
     teacher = open_network("zoo:resnet32x4").eval().requires_grad_(False).to(_device())
     student = open_network("zoo:resnet8x4").train().to(_device())
-    loss = ICCLoss(student.net.tap_channels, teacher.net.tap_channels).to(_device())
+    loss = ICCLoss(student.net.tap_width, teacher.net.tap_width).to(_device())
     pixels = torch.rand(BATCH, 3, 32, 32, device=_device())
     labels = torch.arange(BATCH, device=_device())
     parameters = [*student.parameters(), *loss.parameters()]

@@ -20,7 +20,7 @@ from torch import nn
 from ickd.measure import PeakBytes
 from ickd.module import Distiller, fit_recipe, make_data
 from ickd.module.fitting import fit_teacher, teacher_recipe
-from ickd.module.objective import parse_losses, prepares_first
+from ickd.module.objective import parse_losses, prepares_first, usual_weight
 from tenfold.checkpoint import atomic_file
 from tenfold.data import DataModule
 from tenfold.device import pick_device
@@ -64,6 +64,7 @@ class Comparison:
         runs: every run, as it is in results.json.
         memory: bytes for an image of the tensors that a training step makes, at the worst moment;
             NaN where a run was finished by an older one.
+        start: what the students started from: "scratch", "pretrained" or a file.
     """
 
     scores: dict[str, list[float]]
@@ -72,6 +73,7 @@ class Comparison:
     metric: str
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
+    start: str = "scratch"
 
     def difference(self, losses: str, to: str = PLAIN) -> Difference | None:
         """How much better a loss is than another one, paired by seed; None without the other."""
@@ -197,6 +199,8 @@ def compare_losses(
     plans = _plans(recipe, losses, weights or {}, model or {}, data, epochs)
     settings = {"recipe": recipe, "model": model or {}, "data": data or {}, "epochs": epochs}
     settings |= {"teacher_per_seed": teacher_per_seed, "plans": plans}
+    given = {**recipe_parts("ickd", recipe)["model"]["init_args"], **(model or {})}
+    settings["student_init"] = given.get("student_ckpt") or given.get("student_init", "scratch")
     results = _Results(out / "results.json", settings)
     options = {"accelerator": accelerator, "progress": progress}
     for seed in seeds:
@@ -228,6 +232,7 @@ def _summary(results: _Results, losses: Sequence[str], seeds: Sequence[int]) -> 
         next(iter(results.runs.values()))["metric"],
         dict(results.runs),
         {name: _median(run.get("bytes") for run in found) for name, found in runs.items()},
+        results.content["settings"].get("student_init", "scratch"),
     )
 
 
@@ -260,6 +265,8 @@ def _plans(
         _count_items(chosen, recipe, data)
         first = usual if any(map(prepares_first, chosen)) else 0
         plan = {"losses": chosen or None, "ce_weight": ce_weight, "init_epochs": first}
+        if first and "ft" in chosen and "lr" in arguments:  # 0.01 beside 0.05 (section 4.2)
+            plan["init_lr"] = arguments["lr"] / 5
         plan |= {} if chosen else {"teacher": None, "teacher_cache": None}
         plans[name] = {"model": plan, "epochs": task + first}
     return plans
@@ -272,21 +279,22 @@ def _weighted(
     configured = arguments.get("losses") or {}
     configured = configured if isinstance(configured, Mapping) else {}
     chosen: dict[str, Any] = {}
+    alone = "+" not in name
     for place in name.split("+"):
         part, grid, weight = read_place(place)
         if part == PLAIN:
             continue
-        value = configured.get(part, loss_class(part).default_weight)
+        value = configured.get(part, usual_weight(part, alone=alone))
         options = dict(value) if isinstance(value, Mapping) else {"weight": value}
         given = weights.get(part) if weight is None else weight
         options |= {} if given is None else {"weight": given}
         options |= {} if grid is None else {"grid": grid}
         chosen[part] = options if {*options} != {"weight"} else options["weight"]
     parse_losses(chosen)  # tells of a wrong weight before anything is trained
-    if len(chosen) == 1 and "@" not in name and not {*chosen} & {*weights, *configured}:
+    if alone and chosen and "@" not in name and not {*chosen} & {*weights, *configured}:
         return chosen, loss_class(next(iter(chosen))).default_ce_weight
     mixed = {*chosen} & {*configured}
-    return chosen, float(arguments.get("ce_weight", 1.0)) if mixed else 1.0
+    return chosen, float(arguments.get("ce_weight") or 1.0) if mixed else 1.0
 
 
 def read_place(place: str) -> tuple[str, list[int] | None, float | None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,9 +95,12 @@ class Network(nn.Module):
         self.example_size = self.expects.size or example_size or _timm_size(net) or 64
         self._classifier = _classifier(net)
         self.tap_names = tuple(tap_names)
-        self.stem = not tap_names
+        self.stem = False
         if not (tap_names or hasattr(net, "taps")):
             self.tap_names = self._suggested()
+            # "act1" before "layer1", "layer2"; but "stages.0" is as much a stage as "stages.1"
+            kinds = [re.split(r"[.\d:]", name)[0] for name in self.tap_names[:2]]
+            self.stem = len({*kinds}) == 2
 
     def _suggested(self) -> tuple[str, ...]:
         images = self.example(1)
@@ -373,7 +377,9 @@ def _from_torchvision(network: Network, which: str) -> dict[str, Tensor]:
 
     name, _, tag = which.partition(".")
     weights: Any = models.get_model_weights(name)
-    chosen = weights[tag] if tag else weights.DEFAULT
+    # the first weights are those that papers of that time measured against
+    usual = weights.IMAGENET1K_V1 if hasattr(weights, "IMAGENET1K_V1") else weights.DEFAULT
+    chosen = weights[tag] if tag else usual
     return chosen.get_state_dict(progress=False, check_hash=True)
 
 

@@ -77,7 +77,16 @@ class DistillationLoss(nn.Module, ABC, Generic[Signal]):
         Raises:
             UserError: a part that the loss compares is missing, or its shapes do not fit.
         """
-        return {self.name: self(student.signal(self.signal), teacher.signal(self.signal))}
+        ours, theirs = student.signal(self.signal), teacher.signal(self.signal)
+        if self.signal == "logits":
+            ours, theirs = _rows(ours), _rows(theirs)
+        return {self.name: self(ours, theirs)}
+
+    def __call__(self, student: Any, teacher: Any, *arguments: Any, **options: Any) -> Any:
+        """Do as `forward`; or as `terms`, for `loss(student_taps, teacher_taps, batch)`."""
+        if isinstance(student, Taps):
+            return self.terms(student, teacher, *arguments, **options)
+        return super().__call__(student, teacher, *arguments, **options)
 
 
 def register(name: str) -> Callable[[LossClass], LossClass]:
@@ -129,6 +138,11 @@ def loss_class(name: str) -> type[DistillationLoss[Any]]:
 def available_losses() -> tuple[str, ...]:
     """Names that `create_loss` knows, in alphabetical order."""
     return tuple(sorted(_LOSSES))
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Dense logits (batch, classes, height, width) as a row for each pixel; others as they are."""
+    return logits.movedim(1, -1).flatten(0, -2) if logits.ndim == 4 else logits
 
 
 def in_full_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

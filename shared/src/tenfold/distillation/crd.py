@@ -94,8 +94,8 @@ class CRDLoss(DistillationLoss[Tensor]):
             raise ValueError(f"temperature {temperature} or momentum {momentum} is out of range")
         self.n_data, self.negatives = n_data, negatives
         self.sampling: Sampling = sampling
-        self.embed_s = _EMBEDS[embed](dim_s, dim)
-        self.embed_t = _EMBEDS[embed](dim_t, dim)
+        self.embed_s = _EMBEDS[embed](dim_s, dim, normalize=True)
+        self.embed_t = _EMBEDS[embed](dim_t, dim, normalize=True)
         self.contrast = _Memories(n_data, dim, negatives or NEGATIVES, temperature, momentum)
         self.sampler: OtherClassSampler | None = None
         if labels is not None:
@@ -157,7 +157,7 @@ class CRDLoss(DistillationLoss[Tensor]):
             raise UserError(f"{self.name} met {len(index)} positions for {len(s)} images")
         index = index.long()
         candidates = self._draw(index) if contrast_index is None else contrast_index
-        e_s, e_t = (F.normalize(e) for e in (self.embed_s(s), self.embed_t(t)))
+        e_s, e_t = self.embed_s(s), self.embed_t(t)
         with torch.autocast(s.device.type, enabled=False):
             p_s, p_t = self.contrast(e_s, e_t, index, candidates)
         return self._estimate(p_s) + self._estimate(p_t)

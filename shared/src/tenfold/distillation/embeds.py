@@ -20,10 +20,12 @@ class LinearEmbed(nn.Module):
     Args:
         dim_in: entries of an image's features.
         dim_out: of the embedding.
+        normalize: divide the embedding by its length, as CRD does and CC does not.
     """
 
-    def __init__(self, dim_in: int, dim_out: int = 128) -> None:
+    def __init__(self, dim_in: int, dim_out: int = 128, *, normalize: bool = False) -> None:
         super().__init__()
+        self.normalize = normalize
         self.linear = nn.Linear(dim_in, dim_out)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch dim_out"]:
@@ -32,7 +34,8 @@ class LinearEmbed(nn.Module):
         Raises:
             UserError: other features than it was made for.
         """
-        return _linear(self.linear, _flat(x, self.linear.in_features))
+        embedded = _linear(self.linear, _flat(x, self.linear.in_features))
+        return F.normalize(embedded) if self.normalize else embedded
 
 
 class MLPEmbed(nn.Module):
@@ -42,10 +45,14 @@ class MLPEmbed(nn.Module):
         dim_in: entries of an image's features.
         dim_out: of the embedding.
         hidden: of the layer between.
+        normalize: divide the embedding by its length.
     """
 
-    def __init__(self, dim_in: int, dim_out: int = 128, hidden: int = 256) -> None:
+    def __init__(
+        self, dim_in: int, dim_out: int = 128, hidden: int = 256, *, normalize: bool = True
+    ) -> None:
         super().__init__()
+        self.normalize = normalize
         self.linear1 = nn.Linear(dim_in, hidden)
         self.linear2 = nn.Linear(hidden, dim_out)
 
@@ -56,7 +63,8 @@ class MLPEmbed(nn.Module):
             UserError: other features than it was made for.
         """
         hidden = _linear(self.linear1, _flat(x, self.linear1.in_features)).relu()
-        return _linear(self.linear2, hidden)
+        embedded = _linear(self.linear2, hidden)
+        return F.normalize(embedded) if self.normalize else embedded
 
 
 def _flat(x: Float[Tensor, "batch ..."], width: int) -> Float[Tensor, "batch dim_in"]:

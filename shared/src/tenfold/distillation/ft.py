@@ -47,7 +47,7 @@ class FTLoss(DistillationLoss[Tensor]):
         ValueError: a rate that leaves no factor, or a power that is not positive.
     """
 
-    signal = "last"
+    signal = "deepest"
     default_weight = 200.0
 
     def __init__(

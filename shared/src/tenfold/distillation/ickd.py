@@ -204,7 +204,8 @@ class ICCLoss(DistillationLoss[Tensor]):
         """
         check_maps(student, teacher, self.name)
         batch = len(student)
-        student, teacher = self.embed_s(student), teacher.detach()
+        weight = next(self.embed_s.parameters(), student)  # of its own precision, as maps are not
+        student, teacher = self.embed_s(student.to(weight.dtype)), teacher.detach()
         check_maps(student, teacher, self.name, channels=True)
         if self.grid is not None:
             student, teacher = self._cut(student, teacher, self.grid)

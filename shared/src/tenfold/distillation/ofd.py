@@ -113,7 +113,7 @@ class OFDLoss(DistillationLoss[Maps]):
             dividers = [1.0 if form == "classification" else 2.0 ** (k - i - 1) for i in range(k)]
         if len(dividers) != len(margins) or not all(d > 0 for d in dividers):
             raise ValueError(f"{len(margins)} positive dividers are needed, got {list(dividers)}")
-        if not all(bool((m <= 0).all()) for m in margins):
+        if not all(m.is_meta or bool((m <= 0).all()) for m in margins):
             raise ValueError("a margin above zero is no mean of negative entries")
         widths = zip(channels_s, margins, strict=True)
         self.connectors = nn.ModuleList(NormedConv(c, len(m)) for c, m in widths)

@@ -67,8 +67,9 @@ class RKDLoss(DistillationLoss[Tensor]):
         s, t = (whole_batch(x) for x in vectors(student, teacher, self.name))
         with torch.autocast(s.device.type, enabled=False):
             g_s, g_t = _products(s), _products(t)
-        distance = F.smooth_l1_loss(_distances(g_s), _distances(g_t))
-        angle = F.smooth_l1_loss(_angles(g_s), _angles(g_t))
+        kept = s.dtype
+        distance = F.smooth_l1_loss(_distances(g_s).to(kept), _distances(g_t).to(kept))
+        angle = F.smooth_l1_loss(_angles(g_s, kept), _angles(g_t, kept))
         return self.distance_weight * distance + self.angle_weight * angle
 
     def extra_repr(self) -> str:
@@ -77,7 +78,12 @@ class RKDLoss(DistillationLoss[Tensor]):
 
 
 def _products(x_jd: Float[Tensor, "j d"]) -> Float[Tensor, "j j"]:
-    """Inner products. No relation sees a shift, and without the mean they keep more digits."""
+    """Inner products. No relation sees a shift, and without the mean they keep more digits.
+
+    In double precision where the device has it: the distance of two images that are nearly the same
+    is what is left of much larger products.
+    """
+    x_jd = x_jd if x_jd.device.type == "mps" else x_jd.double()
     x_jd = x_jd - x_jd.mean(0)
     return x_jd @ x_jd.mT
 
@@ -91,8 +97,8 @@ def _distances(g_jk: Float[Tensor, "j j"]) -> Float[Tensor, "j j"]:
     return d_jk * (max(count * (count - 1), 1) / d_jk.sum().clamp_min(_EPS))
 
 
-def _angles(g_jk: Float[Tensor, "j j"]) -> Float[Tensor, "i j j"]:
-    """Cosines of the angles at this rank's images."""
+def _angles(g_jk: Float[Tensor, "j j"], kept: torch.dtype) -> Float[Tensor, "i j j"]:
+    """Cosines of the angles at this rank's images, kept in a precision."""
     g_j, own = g_jk.diagonal(), own_part()
     g_ij, g_i = g_jk[own], g_j[own].unsqueeze(1)
     squared_ij, sizes_ij = g_i + g_j - 2 * g_ij, g_i + g_j
@@ -100,4 +106,5 @@ def _angles(g_jk: Float[Tensor, "j j"]) -> Float[Tensor, "i j j"]:
     inverse_ij = torch.where(apart_ij, torch.where(apart_ij, squared_ij, 1).rsqrt(), 0)
     half_ij = g_ij - g_i / 2  # twice in the sum below, and so -g_ij - g_ik + g_ii
     product_ijk = g_jk - half_ij.unsqueeze(2) - half_ij.unsqueeze(1)
-    return product_ijk * (inverse_ij.unsqueeze(2) * inverse_ij.unsqueeze(1))
+    inverse_ij = inverse_ij.to(kept)
+    return product_ijk.to(kept) * (inverse_ij.unsqueeze(2) * inverse_ij.unsqueeze(1))

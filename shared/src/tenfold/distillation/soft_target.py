@@ -54,5 +54,5 @@ class SoftTargetCrossEntropy(DistillationLoss[Tensor]):
         self, student: Taps, teacher: Taps, batch: Mapping[str, Tensor]
     ) -> dict[str, Float[Tensor, ""]]:
         """Compare with the teacher's probabilities, the softmax of its logits."""
-        said = in_full_precision(teacher.signal(self.signal)).softmax(-1)
-        return {self.name: self(student.signal(self.signal), said)}
+        said = in_full_precision(teacher.signal(self.signal)).softmax(1)
+        return super().terms(student, Taps(logits=said), batch)

@@ -30,7 +30,7 @@ class SPLoss(DistillationLoss[Tensor]):
         >>> loss(student_map, teacher_map).backward()
     """
 
-    signal = "last"
+    signal = "deepest"
     default_weight = 3000.0
 
     def forward(

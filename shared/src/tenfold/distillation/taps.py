@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.errors import UserError
 
-Signal = Literal["logits", "pooled", "last", "hint", "stages", "trunk", "preact_stages"]
+Signal = Literal["logits", "pooled", "last", "deepest", "hint", "stages", "trunk", "preact_stages"]
 """The part of `Taps` that a loss compares, see `Taps.signal`."""
 
 HINT = 2
@@ -26,7 +26,7 @@ class Taps:
         pooled: F_{-1}, the vector before the classifier, (batch, features).
         logits: (batch, classes), or (batch, classes, height, width) in dense prediction.
         preacts: the same maps before their last activation, empty where a network cannot tell.
-        last: the map that ICKD and SP compare, where it is not the last of `maps`.
+        last: the map that ICKD compares, where it is not the last of `maps`.
         stem: whether the first map is the stem's, which losses on stages leave out.
     """
 
@@ -41,9 +41,9 @@ class Taps:
         """What a loss asks for.
 
         Args:
-            wanted: "logits", "pooled", "last" (the last map), "hint" (F_2), "stages" (F_1 .. F_-2:
-                without the stem, if there is one), "trunk" (F_0 .. F_-2) or "preact_stages" (the
-                stages before their activation).
+            wanted: "logits", "pooled", "last" (what ICKD compares), "deepest" (F_-2), "hint" (F_2),
+                "stages" (F_1 .. F_-2: without the stem, if there is one), "trunk" (F_0 .. F_-2) or
+                "preact_stages" (the stages before their activation).
 
         Raises:
             UserError: this network has no such part.
@@ -54,7 +54,7 @@ class Taps:
             return self.last
         maps = self.preacts if wanted == "preact_stages" else self.maps
         self._there(maps or None, "maps before their activation" if maps is self.preacts else "map")
-        if wanted == "last":
+        if wanted in ("last", "deepest"):
             return maps[-1]
         if wanted == "hint":
             return maps[min(HINT, len(maps) - 1)]

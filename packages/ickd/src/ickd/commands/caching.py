@@ -12,6 +12,7 @@ from tenfold.recipes import recipe_parts
 
 
 def cache_teacher(
+    root: str | None = None,
     *,
     teacher: str,
     teacher_ckpt: Path | None = None,
@@ -27,6 +28,8 @@ def cache_teacher(
     Only images that look the same in every epoch can be cached (--data.augment none).
 
     Args:
+        root: folder of the images, of class folders unless data tells another source; the
+            recipe's images if left out.
         teacher: a network by name, or a file of one.
         teacher_ckpt: file with its weights, where it was named.
         recipe: packaged recipe that will use them, see ickd recipes: its images are read, and it
@@ -43,7 +46,8 @@ def cache_teacher(
     if teacher_ckpt is not None:
         for note in load_weights(network, teacher_ckpt):
             print(f"{teacher_ckpt}: {note}")
-    images = make_data(recipe, data)
+    named = {} if root is None else {"source": "imagefolder", "root": root}
+    images = make_data(recipe, {**named, **(data or {})})
     fields = [field.strip() for field in keep.split(",") if field.strip()]
     network.to(pick_device(device))
     cache = TeacherCache.compute(network, images, keep=fields, progress=True)

@@ -152,11 +152,13 @@ def tell(found: Comparison, out: Path, name: str) -> None:
             ]
         )
     print(columns(rows))
+    start = f"students start from {found.start}"
     if math.isfinite(found.teacher):
-        print(f"teacher: {found.teacher:.2f} %")
+        start += f"; teacher: {found.teacher:.2f} %"
+    print(start)
     head, *body = (" | ".join(row) for row in rows)
     lines = [f"| {head} |", "|" + " --- |" * len(rows[0]), *(f"| {line} |" for line in body)]
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text("\n".join([*lines, "", start]) + "\n", encoding="utf-8")
     _write_csv(found, out / f"{name}.csv")
     pictures = draw(found, out, name)
     print(f"tables: {out / name}.md, {out / name}.csv; pictures: " + ", ".join(map(str, pictures)))

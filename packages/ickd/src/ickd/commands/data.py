@@ -55,12 +55,10 @@ def data(
         )
         how = f"--data.source parquet --data.root {folder} --data.image_size 16"
     else:
-        for split, count, seed in (
-            ("train", counts[0], train_seed),
-            ("val", counts[1], test_seed),
-        ):
-            made = textured_blobs(count, seed)
-            write_voc(made.image, made.label, folder, split)
+        blobs = textured_blobs(counts[0], train_seed)
+        write_voc(blobs.image, blobs.label, folder, "train")
+        blobs = textured_blobs(counts[1], test_seed)
+        write_voc(blobs.image, blobs.label, folder, "val")
         how = (
             f"--config blobs --data.source voc --data.root {folder} --data.base_size 24 "
             f"--data.class_names '{json.dumps(BLOB_CLASSES)}'"

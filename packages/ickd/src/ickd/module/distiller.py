@@ -28,7 +28,7 @@ from ickd.module.checks import (
     warn_of_score,
     warn_of_teacher,
 )
-from ickd.module.objective import IGNORE, Objective, Pair, parse_losses
+from ickd.module.objective import IGNORE, Objective, Pair, parse_losses, usual_ce_weight
 from ickd.module.optimisation import (
     FAST,
     OptimizerName,
@@ -64,7 +64,7 @@ class Distiller(LightningModule):
         losses: str | dict[str, Any] | None = None,
         *,
         num_classes: int | None = None,
-        ce_weight: float = 1.0,
+        ce_weight: float | None = None,
         student_init: Init = "scratch",
         student_ckpt: str | None = None,
         teacher_init: Init = "scratch",
@@ -101,7 +101,8 @@ class Distiller(LightningModule):
             losses: weights by name, {"ickd": 2.5, "kd": 1}, with options {"dkd": {"weight": 1,
                 "warmup": 20, "beta": 6}}, or names alone, "kd+ickd".
             num_classes: of both classifiers; those of the named networks if left out.
-            ce_weight: factor of the cross-entropy; 0 needs no labels.
+            ce_weight: factor of the cross-entropy; 0 needs no labels. If left out 1, and where a
+                lone loss has its usual weight, what goes with it (0.1 beside kd).
             student_init: "pretrained" starts from the weights that timm or torchvision publish.
             student_ckpt: file of weights to start from.
             teacher_init: as `student_init`.
@@ -151,6 +152,7 @@ class Distiller(LightningModule):
         ours = example_taps(self.student, pixels)
         theirs = None if self.teacher is None else example_taps(self.teacher, pixels)
         check_classes(choices, ours, theirs)
+        ce_weight = usual_ce_weight(losses) if ce_weight is None else ce_weight
         self.objective = Objective(choices, ours, theirs, ce_weight, self.pairs, init_epochs)
         if not self.objective.acts:
             what = "ce_weight is 0 and no loss acts beside it: there is nothing to learn from"
@@ -242,7 +244,7 @@ class Distiller(LightningModule):
         if cache is not None and data is None:
             what = "teacher_cache finds features by the images of a data module, and there is none"
             raise UserError(what, fix="leave teacher_cache out, or train on a data module")
-        if cache == "memory" and data.deterministic:
+        if cache == "memory" and getattr(data, "deterministic", False):
             self.cache = TeacherCache.compute(self.teacher, data)
         elif cache not in (None, "memory"):
             self.cache = TeacherCache.open(cache, self.teacher, data)
@@ -286,6 +288,8 @@ class Distiller(LightningModule):
         with naming_terms(self.teacher, teacher, batch):
             terms = self.objective(student, teacher, facts, self.current_epoch)
         loss = torch.stack(list(terms.values())).sum()
+        if student.logits is not None and not self.objective.reads_logits:
+            loss = loss + 0 * student.logits.sum()  # DDP wants a gradient for every weight
         check_finite(terms, student, self.teacher, teacher, batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})

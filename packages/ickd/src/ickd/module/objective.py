@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ickd.module.batches import as_batch
 from ickd.module.margins import teacher_margins
 from ickd.networks import Network
 from tenfold.distillation import (
@@ -58,7 +59,8 @@ class LossChoice:
 def parse_losses(losses: str | Mapping[str, Any] | None) -> list[LossChoice]:
     """Read "kd+ickd", {"ickd": 2.5, "kd": 1}, or {"dkd": {"weight": 1, "warmup": 20, "beta": 6}}.
 
-    Left-out weights are the losses' defaults; "none" means no loss.
+    Left-out weights are the losses' defaults, 1 for kd beside others (section 4.5) and for losses
+    that only prepare the student; "none" means no loss.
 
     Raises:
         UserError: an unknown loss, or a weight that is no number.
@@ -69,17 +71,39 @@ def parse_losses(losses: str | Mapping[str, Any] | None) -> list[LossChoice]:
     for name, value in (losses or {}).items():
         if name == "none":
             continue
-        loss = loss_class(name)
+        loss_class(name)  # tells of an unknown one
         given = dict(value) if isinstance(value, Mapping) else {"weight": value}
         weight: Any = given.pop("weight", None)
         warmup: Any = given.pop("warmup", 0)
-        weight = loss.default_weight if weight is None else weight
+        weight = usual_weight(name, alone=len(losses or {}) == 1) if weight is None else weight
         for what, number in (("weight", weight), ("warmup", warmup)):
             sound = isinstance(number, int | float) and math.isfinite(number) and number >= 0
             if not sound:
                 raise UserError(f"the {what} of {name} must be 0 or more, got {number!r}")
         choices.append(LossChoice(name, float(weight), int(warmup), given))
     return choices
+
+
+def usual_weight(name: str, *, alone: bool) -> float:
+    """The weight of a loss where none is given, alone or beside others."""
+    loss = loss_class(name)
+    beside = loss.default_ce_weight < 1 and not alone  # kd's 0.9 belongs to 0.1 of cross-entropy
+    return 1.0 if beside or loss.stage == "init" else loss.default_weight
+
+
+def usual_ce_weight(losses: str | Mapping[str, Any] | None) -> float:
+    """The factor of the cross-entropy where none is given: 1, but for a lone loss its own.
+
+    A loss whose weight is given leaves it at 1, too.
+    """
+    names = losses.split("+") if isinstance(losses, str) else list(losses or {})
+    given = isinstance(losses, Mapping) and any(
+        (value.get("weight") if isinstance(value, Mapping) else value) is not None
+        for value in losses.values()
+    )
+    if len(names) != 1 or given or names[0].strip() == "none":
+        return 1.0
+    return loss_class(names[0].strip()).default_ce_weight
 
 
 class Objective(nn.Module):
@@ -165,7 +189,8 @@ class Objective(nn.Module):
             if isinstance(loss, OFDLoss):
                 pixels = teacher.example(2)
                 if data is not None:
-                    pixels = next(iter(data.train_dataloader())).image.to(pixels.device)
+                    batch = as_batch(next(iter(data.train_dataloader())))
+                    pixels = batch.image.to(pixels.device)
                 found = teacher_margins(teacher, pixels)
                 for known, margin in zip(loss.margins, found, strict=True):
                     known.copy_(margin)
@@ -178,6 +203,12 @@ class Objective(nn.Module):
         """Whether the student has a part in this epoch; a paraphraser learns without it."""
         inits = (loss_class(choice.name).stage == "init" for choice in self.choices)
         return not self.preparing(epoch) or any(inits)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the student's classifier has a part in the loss."""
+        compared = (loss_class(choice.name).signal == "logits" for choice in self.choices)
+        return self.ce_weight > 0 or any(compared)
 
     @property
     def acts(self) -> bool:
