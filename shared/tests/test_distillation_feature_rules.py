@@ -29,7 +29,7 @@ RULES = {
     "at": ("stages", 1000.0, "joint"),
     "fitnet": ("hint", 100.0, "joint"),
     "fsp": ("trunk", 50.0, "init"),
-    "ft": ("last", 200.0, "joint"),
+    "ft": ("deepest", 200.0, "joint"),
     "kdsvd": ("stages", 1.0, "joint"),
     "mse": ("last", 2.0, "joint"),
     "nst": ("stages", 50.0, "joint"),

@@ -814,3 +814,17 @@ def test_terms_are_one_number_by_name(name: str) -> None:
 
 def test_no_loss_is_left_out() -> None:
     assert {*available_losses()} == {*CATALOGUE, "mse", "soft_target"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_maps_of_another_precision_than_the_embedding(dtype: torch.dtype) -> None:
+    loss, s, t = ICCLoss(4, 6), torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
+    wanted = loss(s.to(dtype).float(), t.to(dtype).float())
+    torch.testing.assert_close(loss(s.to(dtype), t.to(dtype)).float(), wanted)
+
+
+def test_a_loss_called_with_taps_gives_its_terms_by_name() -> None:
+    loss, s, t = ICCLoss(4, 6).eval(), torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
+    found = loss(Taps((s,)), Taps((t,)), {})
+    assert set(found) == {"ickd"}
+    torch.testing.assert_close(found["ickd"], loss(s, t))

@@ -373,7 +373,7 @@ def test_terms_and_adaptors_come_from_taps(name: str) -> None:
     assert terms[name].ndim == 0
     assert terms[name].isfinite()
     if name not in ("cc", "crd"):
-        both = [x.signal("last" if name == "sp" else "pooled") for x in (student, teacher)]
+        both = [x.signal("deepest" if name == "sp" else "pooled") for x in (student, teacher)]
         torch.testing.assert_close(terms[name], loss(*both))
     else:
         assert loss.embed_s.linear.weight.shape == (128, 6)
@@ -403,7 +403,15 @@ def test_weights_are_those_of_the_comparison() -> None:
     assert {loss_class(name).default_ce_weight for name in NAMES} == {1.0}
 
 
-@pytest.mark.parametrize(("embed", "layers"), [(LinearEmbed(12), 1), (MLPEmbed(12), 2)])
+@pytest.mark.parametrize(
+    ("embed", "layers"),
+    [
+        (LinearEmbed(12), 1),
+        (LinearEmbed(12, normalize=True), 1),
+        (MLPEmbed(12), 2),
+        (MLPEmbed(12, normalize=False), 2),
+    ],
+)
 def test_embeddings_flatten_and_project(embed: Callable[..., Tensor], layers: int) -> None:
     assert isinstance(embed, LinearEmbed | MLPEmbed)
     shapes = [tuple(p.shape) for p in embed.parameters() if p.ndim == 2]
@@ -411,9 +419,10 @@ def test_embeddings_flatten_and_project(embed: Callable[..., Tensor], layers: in
     x = normal(51, 3, 3, 2, 2).float()
     linears = [m for m in embed.modules() if isinstance(m, torch.nn.Linear)]
     expected = linears[0](x.reshape(3, 12))
-    torch.testing.assert_close(
-        embed(x), expected if layers == 1 else linears[1](expected.clamp_min(0))
-    )
+    expected = expected if layers == 1 else linears[1](expected.clamp_min(0))
+    if embed.normalize:
+        expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(embed(x), expected)
 
 
 # --------------------------------------------------------------------------------------------- crd
@@ -607,3 +616,17 @@ def test_draws_repeat_with_the_global_seed() -> None:
         draws.append(sampler(torch.arange(12)).tolist())
     assert draws[0] == draws[1] != draws[2]
     assert not sampler.state_dict()
+
+
+def test_rkd_tells_near_duplicates_apart_in_float32() -> None:
+    # the distance of two images that are nearly the same is a rest of products 10^5 times larger
+    x = normal(90, 16, 64).double() * 1.4
+    x[1] = x[0] + 1e-2 * normal(91, 64).double()
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        s = x.to(dtype).requires_grad_()
+        loss = RKDLoss()(s, normal(92, 16, 32).to(dtype))
+        loss.backward()
+        found.append((loss.detach().double(), s.grad.double()))
+    for exact, rough in zip(*found, strict=True):
+        assert float((exact - rough).abs().max()) <= 1e-5 * float(exact.abs().max())

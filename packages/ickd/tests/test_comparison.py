@@ -130,7 +130,7 @@ def plan(name: str, recipe: str = "cifar100", weights=None, **model: object) -> 
         ("kd@1", {}, {"kd": 1.0}, 1.0),
         ("kd_mixed", {}, {"kd_mixed": 1.0}, 0.0),
         ("at", {}, {"at": 1000.0}, 1.0),
-        ("kd+ickd", {}, {"kd": 0.9, "ickd": 2.5}, 1.0),
+        ("kd+ickd", {}, {"kd": 1.0, "ickd": 2.5}, 1.0),
         ("kd+ickd@2", {"kd": 1.0}, {"kd": 1.0, "ickd": 2.0}, 1.0),
         ("ickd", {"ickd": 4.0}, {"ickd": 4.0}, 1.0),
         ("ickd_grid:6x4@2", {}, {"ickd_grid": {"weight": 2.0, "grid": [6, 4]}}, 1.0),
@@ -369,8 +369,9 @@ def test_masks_are_compared_by_their_iou(tmp_path):
     for name in names[1:]:
         raw = torch.load(tmp_path / name / "0" / LAST, weights_only=True)
         losses[name] = raw["hyper_parameters"]["losses"]
-    assert losses[names[1]] == {"ickd_grid": {"weight": 2.0, "grid": [6, 6]}}  # the recipe's
-    assert losses[names[2]]["ickd_grid"] == {"weight": 2.0, "grid": [4, 4]}
+    own = {"weight": 2.0, "embed": True}
+    assert losses[names[1]] == {"ickd_grid": {**own, "grid": [6, 6]}}  # the recipe's
+    assert losses[names[2]]["ickd_grid"] == {**own, "grid": [4, 4]}
 
 
 def test_the_time_of_a_step_leaves_the_first_out():
@@ -431,7 +432,8 @@ def test_compare_from_the_command_line(out, capsys):
     lines = (out / "compare.md").read_text().splitlines()
     assert lines[0].startswith("| losses | test top-1, % | against none | against kd | step |")
     assert set(lines[1]) <= set("| -")
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| none", "| kd", "| ickd"]
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| none", "| kd", "| ickd"]
+    assert lines[6].startswith("students start from scratch; teacher: ")
     with (out / "compare.csv").open() as file:
         table = list(csv.DictReader(file))
     keys = [f"{row['losses']}/{row['seed']}" for row in table]

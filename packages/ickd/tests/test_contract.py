@@ -39,6 +39,7 @@ class TestContract(PackageContract):
         "cifar100-ab": RESNET20,
         "cifar100-fsp": RESNET20,
         "cifar100-ft": RESNET20,
+        "images": 1_593_224,
         "imagenet": RESNET18,
         "imagenet-scratch": RESNET18,
         "imagenet-dkd": RESNET18,

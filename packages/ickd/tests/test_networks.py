@@ -542,8 +542,8 @@ def test_pretrained_weights_of_torchvision(published):
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("torchvision:resnet50", "resnet50-11ad3fa6.pth"),
-        ("torchvision:resnet50.IMAGENET1K_V1", "resnet50-0676ba61.pth"),
+        ("torchvision:resnet50", "resnet50-0676ba61.pth"),
+        ("torchvision:resnet50.IMAGENET1K_V2", "resnet50-11ad3fa6.pth"),
         ("deeplab:resnet101", "resnet101-63fe2227.pth"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ickd.data import ImageData
 from ickd.module import Distiller
-from ickd.module.objective import LossChoice, Objective, Pair, parse_losses
+from ickd.module.objective import LossChoice, Objective, Pair, parse_losses, usual_ce_weight
 from tenfold.comparing import differences
 from tenfold.distillation import Taps, available_losses, loss_class
 from tenfold.errors import UserError
@@ -86,7 +86,27 @@ def icc_by_hand(student: Tensor, teacher: Tensor) -> float:
 @pytest.mark.parametrize("name", available_losses())
 def test_names_alone_have_the_losses_default_weights(name):
     [choice] = parse_losses(name)
-    assert (choice.name, choice.weight, choice.warmup) == (name, loss_class(name).default_weight, 0)
+    loss = loss_class(name)
+    weight = 1.0 if loss.stage == "init" else loss.default_weight  # that acts alone, unweighted
+    assert (choice.name, choice.weight, choice.warmup) == (name, weight, 0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "ce_weight"),
+    [
+        (None, 1.0),
+        ("none", 1.0),
+        ("kd", 0.1),  # section 4.5
+        ("kd_mixed", 0.0),  # has a cross-entropy of its own
+        ("ickd", 1.0),
+        ("kd+ickd", 1.0),
+        ({"kd": None}, 0.1),
+        ({"kd": 1.0}, 1.0),
+        ({"kd": {"temperature": 2.0}}, 0.1),
+    ],
+)
+def test_the_cross_entropy_has_the_factor_that_goes_with_the_loss(losses, ce_weight):
+    assert usual_ce_weight(losses) == ce_weight
 
 
 def test_losses_are_read_in_three_ways():
@@ -94,7 +114,7 @@ def test_losses_are_read_in_three_ways():
     assert [c.name for c in parse_losses("kd + ickd")] == ["kd", "ickd"]
     assert parse_losses({"ickd": 2.5, "kd": None}) == [
         LossChoice("ickd", 2.5),
-        LossChoice("kd", 0.9),
+        LossChoice("kd", 1.0),  # beside another loss (section 4.5)
     ]
     [dkd] = parse_losses({"dkd": {"weight": 2, "warmup": 20, "beta": 6}})
     assert dkd == LossChoice("dkd", 2.0, 20, {"beta": 6})
@@ -277,7 +297,7 @@ def test_masks_pixel_by_pixel():
         if (k := int(label[image, row, column])) != 255:
             cross, kept = cross - float(log_softmax(s)[k]), kept + 1
     assert float(terms["ce"]) == pytest.approx(cross / kept, rel=1e-10)
-    assert float(terms["kd"]) == pytest.approx(0.9 * divergence / pixels, rel=1e-10)
+    assert float(terms["kd"]) == pytest.approx(divergence / pixels, rel=1e-10)
     mixed = 0.1 * cross / kept + 0.9 * divergence / pixels
     assert float(terms["kd_mixed"]) == pytest.approx(mixed, rel=1e-10)
 

@@ -191,7 +191,7 @@ def compare_losses(
         teacher_per_seed: train another teacher for each seed, where the recipe trains one.
         accelerator: Lightning's choice of device.
         progress: show it.
-        validate: measure on the validation images after every epoch.
+        validate: measure on the validation images, as often as the recipe does.
 
     Raises:
         UserError: an unknown recipe or loss, or results of other settings in the folder.

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ickd.cache import TeacherCache
 from ickd.folding import fold
 from ickd.metrics import SegmentationMetrics
-from ickd.module.batches import as_batch
+from ickd.module.batches import IGNORE, as_batch
 from ickd.module.checks import (
     check_classes,
     check_finite,
@@ -28,7 +28,7 @@ from ickd.module.checks import (
     warn_of_score,
     warn_of_teacher,
 )
-from ickd.module.objective import IGNORE, Objective, Pair, parse_losses, usual_ce_weight
+from ickd.module.objective import Objective, Pair, parse_losses, usual_ce_weight
 from ickd.module.optimisation import (
     FAST,
     OptimizerName,

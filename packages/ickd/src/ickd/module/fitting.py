@@ -53,7 +53,7 @@ def fit_recipe(
         seed: of initialisation and order.
         accelerator: Lightning's choice of device.
         progress: show it.
-        validate: measure on the validation images after every epoch; else not at all.
+        validate: measure on the validation images as often as the recipe does; else not at all.
         callbacks: further ones of the trainer.
 
     Returns:
@@ -77,6 +77,7 @@ def fit_recipe(
         progress=progress,
         callbacks=callbacks,
         limit_val_batches=None if validate else 0,
+        check_val_every_n_epoch=parts["trainer"].get("check_val_every_n_epoch", 1),
         default_root_dir=folder,
     )
     with warnings.catch_warnings():

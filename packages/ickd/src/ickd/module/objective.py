@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ickd.module.batches import as_batch
+from ickd.module.batches import IGNORE, UNLABELLED, as_batch
 from ickd.module.margins import teacher_margins
 from ickd.networks import Network
 from tenfold.distillation import (
@@ -25,10 +25,6 @@ from tenfold.distillation import (
 )
 from tenfold.distillation.base import in_full_precision
 from tenfold.errors import UserError
-
-UNLABELLED = -1
-"""Label of an image that has none; dense labels have 255 where there is none."""
-IGNORE = 255
 
 
 class Pair(NamedTuple):
@@ -160,7 +156,7 @@ class Objective(nn.Module):
         self, choice: LossChoice, student: Taps, teacher: Taps
     ) -> list[tuple[str, Taps, Taps, float]]:
         """Where a loss is taken: its key, what both sides say there, and the weight."""
-        if not self.pairs or loss_class(choice.name).signal not in ("last", "hint"):
+        if not self.pairs or loss_class(choice.name).signal not in ("last", "deepest", "hint"):
             return [(choice.name, student, teacher, 1.0)]
         return [
             (choice.name if not index else f"{choice.name}_{index}", at_s, at_t, pair.weight)
