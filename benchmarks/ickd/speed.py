@@ -119,7 +119,9 @@ def step() -> dict[str, Any]:
     torch.manual_seed(0)
     teacher = open_network("zoo:resnet32x4").eval().requires_grad_(False).to(_device())
     student = open_network("zoo:resnet8x4").train().to(_device())
-    loss = ICCLoss(student.net.tap_width, teacher.net.tap_width).to(_device())
+    example = [network.taps(network.example(1)) for network in (student.eval(), teacher)]
+    loss = ICCLoss.for_taps(*example).to(_device())
+    student.train()
     pixels = torch.rand(BATCH, 3, 32, 32, device=_device())
     labels = torch.arange(BATCH, device=_device())
     parameters = [*student.parameters(), *loss.parameters()]
@@ -129,6 +131,7 @@ def step() -> dict[str, Any]:
         with torch.no_grad():
             theirs = teacher.taps(pixels)
         ours = student.taps(pixels)
+        assert ours.logits is not None
         total = F.cross_entropy(ours.logits, labels)
         if distil:
             total = total + 2.5 * loss(ours.maps[-1], theirs.maps[-1])

@@ -624,7 +624,7 @@ def test_rkd_tells_near_duplicates_apart_in_float32() -> None:
     x[1] = x[0] + 1e-2 * normal(91, 64).double()
     found = []
     for dtype in (torch.float64, torch.float32):
-        s = x.to(dtype).requires_grad_()
+        s = x.detach().to(dtype, copy=True).requires_grad_()
         loss = RKDLoss()(s, normal(92, 16, 32).to(dtype))
         loss.backward()
         found.append((loss.detach().double(), s.grad.double()))
