@@ -17,7 +17,6 @@ from ickd.model.deeplab import (
     drop_duplicates,
     load_backbone,
     load_deeplab,
-    parameter_groups,
     with_duplicates,
 )
 from ickd.model.deeplab.head import ASPP, Decoder, resize
@@ -449,17 +448,6 @@ def test_training_needs_two_images_and_reaches_every_parameter():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     assert net(pixels(1, 33)).shape == (1, 5, 33, 33)
-
-
-def test_parameter_groups_hold_every_parameter_once():
-    with torch.device("meta"):
-        net = create_deeplab("resnet18")
-    backbone, heads = parameter_groups(net, 0.007)
-    assert backbone["lr"] == 0.007
-    assert heads["lr"] == pytest.approx(0.07)
-    ids = [id(p) for group in (backbone, heads) for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in net.parameters())
-    assert {id(p) for p in backbone["params"]} == {id(p) for p in net.backbone.parameters()}
 
 
 # -------------------------------------------------------------------------------------- weights

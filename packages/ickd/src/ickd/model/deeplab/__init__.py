@@ -4,7 +4,6 @@ from ickd.model.deeplab.network import (
     BACKBONES,
     DeepLab,
     create_deeplab,
-    parameter_groups,
 )
 from ickd.model.deeplab.weights import (
     drop_duplicates,
@@ -20,6 +19,5 @@ __all__ = [
     "drop_duplicates",
     "load_backbone",
     "load_deeplab",
-    "parameter_groups",
     "with_duplicates",
 ]

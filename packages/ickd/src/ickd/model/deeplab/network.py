@@ -1,7 +1,5 @@
 """DeepLabV3+ on three backbones, as the segmentation experiments of ICKD use it."""
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,8 +11,6 @@ from tenfold.errors import UserError
 
 BACKBONES = {"resnet18": resnet18, "resnet101": resnet101, "mobilenet_v2": MobileNetV2}
 ALIASES = {"mobilenet": "mobilenet_v2"}
-HEAD_LR = 10.0
-"""Factor of the heads' learning rate; a pretrained backbone needs a gentler one."""
 
 
 class DeepLab(nn.Module):
@@ -93,16 +89,3 @@ class DeepLab(nn.Module):
 def create_deeplab(backbone: str, num_classes: int = 21, output_stride: int = 16) -> DeepLab:
     """Build a `DeepLab` with random weights; see there for the arguments."""
     return DeepLab(backbone, num_classes, output_stride)
-
-
-def parameter_groups(model: DeepLab, lr: float) -> list[dict[str, Any]]:
-    """Parameters for an optimiser: the backbone at `lr`, ASPP and decoder at ten times as much.
-
-    Returns:
-        Two groups with "name", "params" and "lr".
-    """
-    heads = [*model.aspp.parameters(), *model.decoder.parameters()]
-    return [
-        {"name": "backbone", "params": list(model.backbone.parameters()), "lr": lr},
-        {"name": "heads", "params": heads, "lr": HEAD_LR * lr},
-    ]
