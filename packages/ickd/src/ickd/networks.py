@@ -231,7 +231,9 @@ def open_network(
         expects.std if std is None else tuple(std),
         expects.size if image_size is None else image_size,
     )
-    example = {"zoo": 32, "embedded": 24, "deeplab": 65}.get(kind, 224)
+    example = {"zoo": 32, "embedded": 24 if which.startswith("blobs") else 16, "deeplab": 65}.get(
+        kind, 224
+    )
     given = {"taps": list(taps), **options} if taps else options
     return Network(net, name, expects, taps, example, options=given)
 
