@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 from jaxtyping import install_import_hook
 
 # Two processes share the cores, and tiny convolutions are slow on many threads.
@@ -14,6 +15,14 @@ install_import_hook(
     ["tenfold", "ickd"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_stays():
+    """A run under DDP in a test's own process leaves its group, which later forks would inherit."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

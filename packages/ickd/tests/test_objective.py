@@ -511,7 +511,8 @@ def gloo(**options: object) -> dict[str, object]:
 def test_ddp_trains_through_the_boundary_if_told_that_weights_wait(whole, tmp_path):
     module = distiller("ft")
     run(module, tmp_path, **gloo(find_unused_parameters=True))
-    assert differences(module.state_dict(), whole["ft"][1]) == ""
+    # buckets give gradients another layout in memory, and sums another order
+    assert differences(module.state_dict(), whole["ft"][1], 1e-5) == ""
 
 
 def test_plain_ddp_is_refused_where_weights_wait(tmp_path):

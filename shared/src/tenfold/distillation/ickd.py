@@ -356,7 +356,7 @@ class _RowCosines(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         s_ncp, t_ncq, ssts_ncp, ttts_ncp, a_nc, b_nc = ctx.saved_tensors
         a_nc1, b_nc1 = a_nc.unsqueeze(2), b_nc.unsqueeze(2)
-        gradient = a_nc1 * ttts_ncp - b_nc1 * ssts_ncp
+        gradient = (a_nc1 * ttts_ncp).addcmul_(b_nc1, ssts_ncp, value=-1)
         gradient += t_ncq @ (t_ncq.mT @ (a_nc1 * s_ncp))
         gradient -= s_ncp @ (s_ncp.mT @ (b_nc1 * s_ncp))
         return gradient * grads[0], None
