@@ -353,7 +353,9 @@ class _RowCosines(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's doing)
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None]:
         s_ncp, t_ncq, ssts_ncp, ttts_ncp, a_nc, b_nc = ctx.saved_tensors
         a_nc1, b_nc1 = a_nc.unsqueeze(2), b_nc.unsqueeze(2)
         gradient = (a_nc1 * ttts_ncp).addcmul_(b_nc1, ssts_ncp, value=-1)
