@@ -35,6 +35,7 @@ from tenfold.plotting import (
     settle_labels,
     style,
 )
+from tenfold.plotting.logs import read_log, smooth
 
 
 def pixels_of(fig: Figure) -> np.ndarray:
@@ -341,3 +342,21 @@ def test_image_grid_keeps_pictures_upright_and_in_proportion() -> None:
 def test_image_grid_refuses_what_is_no_picture(picture: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_grid([TileGroup("g", [Tile(picture)])])
+
+
+def test_a_log_is_read_column_by_column(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,loss,lr,never\n1,2.5,,\n2,,0.1,\n3,1.5,0.2,\n")
+    found = read_log(file)
+    assert set(found) == {"loss", "lr"}
+    np.testing.assert_array_equal(found["loss"], [[1, 3], [2.5, 1.5]])
+    np.testing.assert_array_equal(found["lr"], [[2, 3], [0.1, 0.2]])
+    rows = [{"step": 1, "loss": 2.5}, {"step": 3, "loss": 1.5, "lr": None}]
+    np.testing.assert_array_equal(read_log(rows)["loss"], found["loss"])
+
+
+@pytest.mark.parametrize(("parts", "half"), [(20, 3), (25, 2)])
+def test_smoothing_is_a_centred_mean(parts, half):
+    values = np.random.default_rng(0).random(120)
+    want = [values[max(0, k - half) : k + half + 1].mean() for k in range(120)]
+    np.testing.assert_allclose(smooth(values, parts), want)

@@ -16,7 +16,6 @@ from ds_net_plus.evaluate import (
     saving_at_equal_accuracy,
 )
 from ds_net_plus.report.common import madds_unit, route_names, short
-from ds_net_plus.report.training import smooth
 
 MADDS = (10_000_000, 20_000_000, 40_000_000)
 # 10 images, 3 routes: 4, 7 and 9 of them are right, so the static curve is 40, 70, 90 %
@@ -250,14 +249,6 @@ def test_training_curves_of_rows():
     np.testing.assert_allclose(line_named(accuracy, "route 0"), [[4, 50], [9, 75]])
     with pytest.raises(ValueError, match="neither"):
         report.training_curves([{"step": 1, "loss": 2.0}])
-
-
-def test_smooth_is_a_centred_mean():
-    values = np.random.default_rng(0).normal(size=120)
-    smoothed = smooth(values)
-    assert smoothed[60] == pytest.approx(values[58:63].mean())
-    assert smoothed[0] == pytest.approx(values[:3].mean())
-    np.testing.assert_allclose(smooth(np.ones(200)), 1)
 
 
 def test_speedup_bars_and_the_ideal():

@@ -24,7 +24,6 @@ from ickd.report.cells import mosaic
 from ickd.report.common import PLAIN, STUDENT, around, loss_colors
 from ickd.report.order import ChannelOrder
 from ickd.report.segmentation import class_colors, overlay
-from ickd.report.training import smooth
 from tenfold.plotting import settle_labels, style
 
 MINUS = "\N{MINUS SIGN}"
@@ -319,12 +318,6 @@ def test_training_curves_of_segmentation_and_of_nothing():
     assert not fig.axes[1].axison
     with pytest.raises(ValueError, match="neither terms"):
         report.training_curves([{"step": 1, "lr": 0.1}])
-
-
-def test_smoothing_is_a_centred_mean():
-    values = np.random.default_rng(0).random(90)
-    want = [values[max(0, k - 2) : k + 3].mean() for k in range(90)]
-    np.testing.assert_allclose(smooth(values), want)
 
 
 # -- comparison ---------------------------------------------------------------------------------

@@ -1,18 +1,13 @@
 """Stage I as Lightning's CSV log tells it."""
 
-import csv
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ds_net_plus.report.common import route_colors
 from tenfold.plotting import INK, MUTED, curve, describe, figure, legend
-
-Series = tuple[np.ndarray, np.ndarray]  # steps, values
+from tenfold.plotting.logs import Log, Series, read_log, smooth
 
 # Name, colour and line; the random routes come first, so that the sandwich's ends lie over them.
 _LOSSES = {
@@ -23,9 +18,7 @@ _LOSSES = {
 }
 
 
-def training_curves(
-    log: str | Path | Iterable[Mapping[str, Any]], *, watched: str = "teacher (moving average)"
-) -> Figure:
+def training_curves(log: Log, *, watched: str = "teacher (moving average)") -> Figure:
     """Losses of the sandwich's modes, and validated accuracy of the routes.
 
     Args:
@@ -37,10 +30,9 @@ def training_curves(
     Raises:
         ValueError: none of these columns.
     """
-    rows = list(log) if not isinstance(log, str | Path) else _read(Path(log))
-    columns = {name: _series(rows, name) for name in dict.fromkeys(k for row in rows for k in row)}
-    losses = {n: s for n, s in columns.items() if n in _LOSSES and len(s[0])}
-    accuracy = {n: s for n, s in columns.items() if n.startswith("val/top1_") and len(s[0])}
+    columns = read_log(log)
+    losses = {n: s for n, s in columns.items() if n in _LOSSES}
+    accuracy = {n: s for n, s in columns.items() if n.startswith("val/top1_")}
     if not losses and not accuracy:
         raise ValueError("the log has neither train/loss_* nor val/top1_* columns")
     fig, panels = figure(9.6, 3.8, columns=2)
@@ -51,32 +43,14 @@ def training_curves(
     return fig
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _series(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
-    found = [(row["step"], row[name]) for row in rows if row.get(name) not in (None, "")]
-    steps, values = zip(*found, strict=True) if found else ((), ())
-    return np.array(steps, float), np.array(values, float)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a 25th of the run, over fewer values at both ends."""
-    half = len(values) // 50
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    centre = np.arange(len(values))
-    first, stop = (centre - half).clip(0), (centre + half + 1).clip(max=len(values))
-    return (total[stop] - total[first]) / (stop - first)
-
-
 def _draw_losses(ax: Axes, losses: Mapping[str, Series]) -> None:
     for name, (label, color, line) in _LOSSES.items():
         if name not in losses:
             continue
         steps, values = losses[name]
-        curve(ax, steps, smooth(values), label=label, color=color, marker="", linestyle=line)
+        curve(
+            ax, steps, smooth(values, parts=25), label=label, color=color, marker="", linestyle=line
+        )
     if losses:
         legend(ax, loc="upper right")
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Mapping
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ickd.report.common import PLAIN, STUDENT
 from tenfold.plotting import INK, PALETTE, curve, describe, figure, legend, style
-
-Log: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
-"""Lightning's metrics.csv, or its rows; empty where something was not logged."""
-
-Series: TypeAlias = tuple[np.ndarray, np.ndarray]  # steps, values
+from tenfold.plotting.logs import Log, Series, read_log, smooth
 
 _NAMES = {
     "ce": "CE: labels",
@@ -46,7 +38,7 @@ def training_curves(
     Raises:
         ValueError: no term and no score in the log.
     """
-    columns = _columns(log)
+    columns = read_log(log)
     terms = {
         key.removeprefix("train/"): series
         for key, series in columns.items()
@@ -61,40 +53,13 @@ def training_curves(
     if score is None:
         panels[1].set_axis_off()
         return fig
-    runs = {name: columns} | {key: _columns(other) for key, other in (others or {}).items()}
+    runs = {name: columns} | {key: read_log(other) for key, other in (others or {}).items()}
     _draw_scores(panels[1], {key: run[score] for key, run in runs.items() if score in run})
     if "val/teacher" in columns:
         _draw_teacher(panels[1], float(columns["val/teacher"][1][-1]))
     describe(panels[1], title="What the student reaches", x="step", y=_SCORES[score])
     legend(panels[1], loc="lower right")
     return fig
-
-
-def _columns(log: Log) -> dict[str, Series]:
-    rows = _read(Path(log)) if isinstance(log, str | Path) else list(log)
-    keys = dict.fromkeys(key for row in rows for key in row)
-    series = {key: _series(rows, key) for key in keys if key != "step"}
-    return {key: found for key, found in series.items() if len(found[0])}
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _series(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
-    found = [(row["step"], row[name]) for row in rows if row.get(name) not in (None, "")]
-    steps, values = zip(*found, strict=True) if found else ((), ())
-    return np.array(steps, float), np.array(values, float)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a 20th of the run, over fewer values at both ends."""
-    half = len(values) // 40
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    centre = np.arange(len(values))
-    first, stop = (centre - half).clip(0), (centre + half + 1).clip(max=len(values))
-    return (total[stop] - total[first]) / (stop - first)
 
 
 def _draw_terms(ax: Axes, terms: Mapping[str, Series]) -> None:
