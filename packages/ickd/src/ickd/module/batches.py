@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tenfold.distillation.rows import UNLABELLED
 from tenfold.errors import UserError
-
-UNLABELLED = -1
-"""Label of an image that has none; dense labels have 255 where there is none."""
-IGNORE = 255
 
 
 class LoadedBatch(NamedTuple):

@@ -17,8 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ickd.cache import TeacherCache
 from ickd.folding import fold
-from ickd.metrics import SegmentationMetrics
-from ickd.module.batches import IGNORE, as_batch
+from ickd.metrics import IGNORE, SegmentationMetrics
+from ickd.module.batches import as_batch
 from ickd.module.checks import (
     check_classes,
     check_finite,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ickd.module.batches import IGNORE, UNLABELLED, as_batch
+from ickd.metrics import IGNORE
+from ickd.module.batches import as_batch
 from ickd.module.margins import teacher_margins
 from ickd.networks import Network
 from tenfold.distillation import (
@@ -24,6 +25,7 @@ from tenfold.distillation import (
     loss_class,
 )
 from tenfold.distillation.base import in_full_precision
+from tenfold.distillation.rows import UNLABELLED
 from tenfold.errors import UserError
 
 
