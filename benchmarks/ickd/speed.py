@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.results import Results, markdown, replace_block
+from ickd.compiling import CompiledNetwork
 from ickd.folding import fold
 from ickd.networks import open_network
-from tenfold.device import channels_last, report, time_call, time_interleaved
+from tenfold.device import autocast, channels_last, report, time_call, time_interleaved
 from tenfold.distillation import ICCLoss, create_loss
 
 README = Path("packages/ickd/README.md")
@@ -170,19 +171,26 @@ def step() -> dict[str, Any]:
 
 
 def teacher() -> dict[str, Any]:
-    """The teacher's forward pass: plain, channels last, and folded as well."""
+    """The teacher's forward pass: plain, channels last, folded, compiled, in bfloat16."""
     plain = open_network("zoo:resnet32x4").eval().requires_grad_(False).to(_device())
     ordered = copy.deepcopy(plain)
     ordered.net = channels_last(ordered.net)
     folded = fold(plain)
     pixels = torch.rand(BATCH, 3, 32, 32, device=_device())
-    nets = {"plain": plain, "channels last": ordered, "folded, channels last": folded}
+    compiled = CompiledNetwork(folded)
 
-    def forward(net: Any) -> None:
-        with torch.inference_mode():
+    def forward(net: Any, precision: str = "fp32") -> None:
+        with torch.no_grad(), autocast(pixels.device, precision):
             net.taps(pixels)
 
-    calls = {name: (lambda net=net: forward(net)) for name, net in nets.items()}
+    calls = {
+        "plain": lambda: forward(plain),
+        "channels last": lambda: forward(ordered),
+        "folded": lambda: forward(folded),
+        "folded, compiled": lambda: forward(compiled),
+        "folded, bf16": lambda: forward(folded, "bf16"),
+        "folded, compiled, bf16": lambda: forward(compiled, "bf16"),
+    }
     return {"batch": BATCH, **_timed(calls, warmup=1, repeats=9)}
 
 
@@ -219,9 +227,13 @@ def tables(runs: dict[str, Any]) -> str:
         run = runs["teacher"]
         others = ", ".join(
             f"{_ms(run, name)} {name} ({_times(run, 'plain', name)})"
-            for name in ("channels last", "folded, channels last")
+            for name in run
+            if name not in ("batch", "plain")
         )
-        parts.append(f"The teacher's forward pass takes {_ms(run, 'plain')}; {others}.")
+        parts.append(
+            f"The teacher's forward pass takes {_ms(run, 'plain')}; {others}. Folded means in "
+            "channels-last order too."
+        )
     parts.append(_where(runs))
     return "\n\n".join(parts)
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ickd.cache import TeacherCache
 from ickd.cli import app
+from ickd.compiling import CompiledNetwork
 from ickd.data import ImageData, SegmentationData, write_parquet
 from ickd.metrics import class_iou, confusion_matrix
 from ickd.module import Distiller, fit_recipe, load_student, starting
@@ -517,10 +518,33 @@ def test_cached_stages_of_masks_are_those_of_the_network(tmp_path):
 def test_a_folded_teacher_says_nearly_the_same(tmp_path, plain):
     module = distiller(losses=LOSSES, fold_teacher=True)
     fit(module, tmp_path, epochs=2)
-    [folded] = module.folded
+    [folded] = module.quick
     assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
     assert module.state_dict().keys() == plain.keys()  # no second teacher in checkpoints
     assert differences(module.state_dict(), plain, 1e-3) == ""
+
+
+def test_a_compiled_teacher_says_the_same(tmp_path, plain):
+    module = distiller(losses=LOSSES, compile_teacher=True)
+    with torch.compiler.set_stance("force_eager"):  # test_compiling.py compiles
+        fit(module, tmp_path, epochs=2)
+    assert isinstance(module.quick[0], CompiledNetwork)
+    assert module.state_dict().keys() == plain.keys()
+    assert differences(module.state_dict(), plain, 1e-6) == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "beside", "expected"),
+    [("bf16", "32-true", torch.bfloat16), ("fp32", "bf16-mixed", torch.float32)],
+)
+def test_the_teacher_runs_in_a_precision_of_its_own(tmp_path, asked, beside, expected):
+    module, seen = distiller(teacher_precision=asked), []
+    for which in (module.teacher, module.student):
+        convolution = next(m for m in which.modules() if isinstance(m, nn.Conv2d))
+        convolution.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    fit(module, tmp_path, limit_train_batches=1, precision=beside)
+    other = torch.float32 if beside == "32-true" else torch.bfloat16
+    assert seen[-2:] == [expected, other]  # those of the step; before it, examples
 
 
 def test_augmented_images_are_shown_to_the_teacher(tmp_path, caplog):

@@ -12,7 +12,8 @@ import difflib
 import hashlib
 import importlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from ickd import zoo
 from ickd.convert import convert_checkpoint
@@ -138,26 +138,37 @@ class Network(nn.Module):
         Raises:
             UserError: a tap is missing or gives no map.
         """
-        x = self.prepare(pixels)
+        with self.reading() as read:
+            return read(self.prepare(pixels))
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[Tensor], Taps]]:
+        """Inside, hooks stay on the network, and what is yielded reads prepared images' taps.
+
+        Raises:
+            UserError: a tap is missing.
+        """
         if not self.tap_names:
             own: Any = self.net
-            return own.taps(x)
+            yield own.taps
+            return
         pooled: list[Tensor] = []
-        with tap(self.net, self.tap_names) as features:
-            watch = self._watch(pooled)
-            try:
-                logits = self.net(x)
-            finally:
-                if watch is not None:
-                    watch.remove()
-        maps = tuple(features[name] for name in self.tap_names)
-        vector = pooled[-1] if pooled and pooled[-1].ndim == 2 else maps[-1].mean((2, 3))
-        return Taps(maps, vector, logits, stem=self.stem)
+        with tap(self.net, self.tap_names) as features, self._watch(pooled):
 
-    def _watch(self, pooled: list[Tensor]) -> RemovableHandle | None:
+            def read(x: Tensor) -> Taps:
+                logits = self.net(x)
+                maps = tuple(features[name] for name in self.tap_names)
+                vector = pooled[-1] if pooled and pooled[-1].ndim == 2 else maps[-1].mean((2, 3))
+                features.clear()
+                pooled.clear()
+                return Taps(maps, vector, logits, stem=self.stem)
+
+            yield read
+
+    def _watch(self, pooled: list[Tensor]) -> AbstractContextManager[Any]:
         """Puts what the classifier reads into a list; by its name, which copies keep."""
         if self._classifier is None:
-            return None
+            return nullcontext()
         return self.net.get_submodule(self._classifier).register_forward_pre_hook(
             lambda _, arguments: pooled.append(arguments[0])
         )

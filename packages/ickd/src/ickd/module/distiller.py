@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ickd.cache import TeacherCache
+from ickd.compiling import CompiledNetwork
 from ickd.folding import fold
 from ickd.metrics import IGNORE, SegmentationMetrics
 from ickd.module.batches import as_batch
@@ -39,6 +41,7 @@ from ickd.module.optimisation import (
 )
 from ickd.module.starting import check_size, example_taps, freeze, load_start, make_network
 from ickd.networks import Network
+from tenfold.device import Precision, autocast
 from tenfold.device import channels_last as to_channels_last
 from tenfold.distillation import Taps
 from tenfold.errors import UserError
@@ -89,6 +92,8 @@ class Distiller(LightningModule):
         adaptor_factor: float = 1.0,
         channels_last: bool = False,
         fold_teacher: bool = False,
+        compile_teacher: bool = False,
+        teacher_precision: Precision | None = None,
     ) -> None:
         """Builds both networks; files and published weights are read when training begins.
 
@@ -131,6 +136,9 @@ class Distiller(LightningModule):
             channels_last: order of convolutions' memory, usually faster.
             fold_teacher: run the teacher with its batch norms folded into its convolutions; its
                 features then differ in their last bits.
+            compile_teacher: run it through torch.compile; the first step takes up to a minute more.
+            teacher_precision: "fp32", "bf16" or "fp16", in which it runs; that of the trainer if
+                left out. Of these three none touches features that are cached.
 
         Raises:
             UserError: an unknown network, loss, option or tap, or what cannot go together.
@@ -162,7 +170,7 @@ class Distiller(LightningModule):
         said = None if theirs is None else theirs.logits
         self.comparable = said is not None and said.shape[1] == self.num_classes
         self.cache: TeacherCache | None = None
-        self.folded: list[Network] = []  # a list: no second teacher in the state dict
+        self.quick: list[Any] = []  # a list: no second teacher in the state dict
         if self.hparams["channels_last"]:
             to_channels_last(self.student)
         self.teacher_scored, self.predicted = False, 0
@@ -234,7 +242,7 @@ class Distiller(LightningModule):
         """
         cache = self.hparams["teacher_cache"]
         data: Any = getattr(self.trainer, "datamodule", None)
-        self.cache, self.folded = None, []
+        self.cache, self.quick = None, []
         load_start(self, "student", self.student)
         if self.teacher is None:
             return
@@ -250,12 +258,17 @@ class Distiller(LightningModule):
             self.cache = TeacherCache.open(cache, self.teacher, data)
         elif cache == "memory":
             log.info("images are augmented: the teacher sees every one, teacher_cache has no use")
-        if self.cache is None and self.hparams["fold_teacher"]:
-            self.folded = [fold(self.teacher)]
+        if self.cache is None:
+            self.quick = [self._quick_teacher()]
+
+    def _quick_teacher(self) -> Any:
+        assert self.teacher is not None
+        teacher = fold(self.teacher) if self.hparams["fold_teacher"] else self.teacher
+        return CompiledNetwork(teacher) if self.hparams["compile_teacher"] else teacher
 
     # -- training ------------------------------------------------------------------------------
 
-    def taps_of(self, network: Network, pixels: Tensor) -> Taps:
+    def taps_of(self, network: Network | CompiledNetwork, pixels: Tensor) -> Taps:
         """All that a network says, or its logits alone where nothing else is compared."""
         if self.objective.needs_taps:
             return network.taps(pixels)
@@ -271,7 +284,10 @@ class Distiller(LightningModule):
             raise UserError(what, fix="give it (images, labels, index), or leave teacher_cache out")
         if self.cache is not None:
             return self.cache.rows(batch.index)
-        return self.taps_of((self.folded or [self.teacher])[0], batch.image)
+        teacher = (self.quick or [self.teacher])[0]
+        precision = self.hparams["teacher_precision"]
+        with autocast(self.device, precision) if precision else nullcontext():
+            return self.taps_of(teacher, batch.image)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The weighted sum of all terms.
