@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import torch
 
 from tenfold.comparing import differences
@@ -24,3 +25,10 @@ def test_differences_name_places():
     noise = [{"weight": weight, "bias": bias}, {"weight": weight, "bias": bias + 1e-17}]
     assert differences(*noise, 1e-6) == ""
     assert differences(*noise) != ""
+
+
+def test_the_same_bits_include_what_is_no_number():
+    left = {"a": torch.tensor([1.0, math.nan, math.inf]), "b": np.arange(3.0), "c": math.nan}
+    assert differences(left, copy.deepcopy(left)) == ""
+    assert differences(left, {**left, "b": np.arange(3.0) + 1}) == "b (by 1 of 3)"
+    assert differences(torch.tensor([True, False]), torch.tensor([True, True])) != ""

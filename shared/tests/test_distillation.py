@@ -1,7 +1,6 @@
 """The logit losses against closed forms, finite differences and published programs."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -155,9 +154,10 @@ def test_half_precision_logits_are_summed_in_float32(name: str, dtype: torch.dty
 
 
 def test_dense_predictions_average_over_all_positions() -> None:
-    zs, zt = logits(18, 2, 3, 5), logits(19, 2, 3, 5)
+    zs, zt = logits(18, 2, 5, 3, 4), logits(19, 2, 5, 3, 4)
+    rows = [z.permute(0, 2, 3, 1).reshape(24, 5) for z in (zs, zt)]
     kd = KnowledgeDistillation(2.0)
-    torch.testing.assert_close(kd(zs, zt), kd(zs.flatten(0, 1), zt.flatten(0, 1)))
+    torch.testing.assert_close(kd(zs, zt), kd(*rows))
 
 
 def test_shapes_are_not_broadcast() -> None:
@@ -192,23 +192,37 @@ def test_base_is_abstract() -> None:
         DistillationLoss()  # pyright: ignore[reportAbstractUsage]
 
 
-def test_a_feature_loss_takes_named_taps_and_trains_its_adaptor() -> None:
-    class Hint(DistillationLoss[Mapping[str, Tensor]]):
-        """FitNets in miniature: the seam that feature losses use."""
+def test_a_class_of_another_module_does_not_take_a_name() -> None:
+    foreign = type("KnowledgeDistillation", (KnowledgeDistillation,), {"__module__": "elsewhere"})
+    with pytest.raises(ValueError, match=r"'kd' is taken by tenfold\.distillation\.kd"):
+        register("kd")(foreign)
+    assert type(create_loss("kd")) is KnowledgeDistillation
 
-        def __init__(self, tap: str, student_width: int, teacher_width: int) -> None:
-            super().__init__()
-            self.tap = tap
-            self.adaptor = torch.nn.Linear(student_width, teacher_width)
 
-        def forward(
-            self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], /
-        ) -> Tensor:
-            return F.mse_loss(self.adaptor(student[self.tap]), teacher[self.tap].detach())
+def test_a_loss_is_called_with_names_too() -> None:
+    zs, zt = logits(22, 4, 6), logits(23, 4, 6)
+    kd = KnowledgeDistillation()
+    named = kd(student_logits=zs, teacher_logits=zt)
+    torch.testing.assert_close(named, kd(zs, zt))
+    torch.testing.assert_close(kd(Taps(logits=zs), Taps(logits=zt), {})["kd"], named)
 
-    loss = Hint("neck", 3, 5)
-    loss({"neck": torch.ones(2, 3)}, {"neck": torch.zeros(2, 5)}).backward()
-    assert [p.grad is not None for p in loss.parameters()] == [True, True]
+
+@pytest.mark.parametrize("name", ["soft_target", "kd"])
+def test_dense_logits_are_rows_for_a_direct_call_too(name: str) -> None:
+    zs, zt = logits(24, 2, 5, 3, 4), logits(25, 2, 5, 3, 4)
+    target = zt.softmax(1) if name == "soft_target" else zt
+    rows = [z.movedim(1, -1).reshape(-1, 5) for z in (zs, target)]
+    torch.testing.assert_close(create_loss(name)(zs, target), create_loss(name)(*rows))
+
+
+def test_kd_of_a_teacher_that_masks_a_class() -> None:
+    zs, zt = logits(26, 4, 6), logits(27, 4, 6)
+    zt[:, 2] = -torch.inf
+    log_s, p = (zs / 4).log_softmax(1), (zt / 4).softmax(1)
+    wanted = sum(
+        float(p[b, c] * (p[b, c].log() - log_s[b, c])) for b in range(4) for c in (0, 1, 3, 4, 5)
+    )
+    assert KnowledgeDistillation()(zs, zt).item() == pytest.approx(4 * wanted, rel=1e-6)
 
 
 def test_soft_target_takes_the_softmax_of_a_teachers_logits() -> None:

@@ -66,6 +66,7 @@ def test_adaptor_loads_and_equals_the_published_program(name: str) -> None:
         ((2, 7, 7), (3, 4, 4), nn.Conv2d, (4, 4)),
         ((2, 7, 6), (3, 4, 4), nn.Conv2d, (4, 3)),
         ((2, 5, 5), (3, 5, 5), nn.Conv2d, (1, 1)),
+        ((2, 8, 7), (3, 4, 4), nn.Conv2d, (3, 3)),  # the height chooses
     ],
 )
 def test_the_regressor_reaches_the_teachers_shape(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import truncnorm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tenfold.distillation import (
     ABLoss,
@@ -404,6 +405,15 @@ def pooled_by_hand(f: Tensor, size: int) -> Tensor:
         [r[:, :, :, j * step : (j + 1) * step].mean((2, 3)) for j in range(size)] for r in rows
     ]
     return torch.stack([torch.stack(row, -1) for row in cells], -2)
+
+
+def test_hierarchical_context_goes_by_the_height() -> None:
+    s, t = features(63, 2, 3, 6, 4), features(64, 2, 3, 6, 4)
+    pooled = {k: [F.adaptive_avg_pool2d(f, k) for f in (s, t)] for k in (4, 2, 1)}
+    total = F.mse_loss(s, t)
+    for weight, (a, b) in zip((0.5, 0.25, 0.125), pooled.values(), strict=True):
+        total = total + weight * F.mse_loss(a, b)
+    torch.testing.assert_close(hierarchical_context(s, t), total / 1.875)
 
 
 @pytest.mark.parametrize(

@@ -828,3 +828,14 @@ def test_a_loss_called_with_taps_gives_its_terms_by_name() -> None:
     found = loss(Taps((s,)), Taps((t,)), {})
     assert set(found) == {"ickd"}
     torch.testing.assert_close(found["ickd"], loss(s, t))
+
+
+def test_the_embedding_is_as_exact_as_that_of_the_plain_hint() -> None:
+    """Under autocast too: the two losses are compared, and differ in their distance alone."""
+    losses = ICCLoss(4, 6), create_loss("mse", channels_s=4, channels_t=6)
+    seen = []
+    for loss in losses:
+        loss.embed_s.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss(torch.randn(2, 4, 3, 3), torch.randn(2, 6, 3, 3))
+    assert seen == [torch.float32, torch.float32]

@@ -271,6 +271,42 @@ def test_dkd_refuses_images_without_label() -> None:
         DKDLoss()(logits(35, 3, 4), logits(36, 3, 4), torch.tensor([0, -1, 2]))
 
 
+def test_dkd_leaves_pixels_without_label_out() -> None:
+    """Every mask of Pascal VOC has a boundary of them."""
+    zs, zt = logits(38, 2, 5, 3, 4), logits(39, 2, 5, 3, 4)
+    y = torch.arange(24).reshape(2, 3, 4) % 5
+    y[0, 1], y[1, :, 2] = -1, -1
+    rows = [z.movedim(1, -1)[y >= 0] for z in (zs, zt)]
+    torch.testing.assert_close(DKDLoss()(zs, zt, y), DKDLoss()(*rows, y[y >= 0]))
+    nothing = DKDLoss()(zs.requires_grad_(), zt, torch.full_like(y, -1))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert not zs.grad.any()
+
+
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+def test_dist_of_confident_logits_stays_finite(scale: float) -> None:
+    """Columns of classes that nobody chooses are next to nothing; their lengths must not vanish."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        zs, zt = (torch.randn(16, 100) * scale for _ in range(2))
+        loss = DISTLoss()(zs.requires_grad_(), zt)
+        loss.backward()
+        assert loss.isfinite()
+        assert zs.grad.isfinite().all()
+
+
+def test_dist_has_the_floor_of_torchs_cosine() -> None:
+    """Many classes, few images: columns near 1e-8 count as the published program counts them."""
+    zs, zt = (5 * logits(k, 3, 1000) for k in (41, 42))
+    s, t = zs.softmax(1), zt.softmax(1)
+    rows, columns = (
+        F.cosine_similarity(*(x - x.mean(d, keepdim=True) for x in (s, t)), dim=d).mean()
+        for d in (1, 0)
+    )
+    assert DISTLoss()(zs, zt).item() == pytest.approx(2 - (rows + columns).item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("name", LABELLED)
 def test_missing_labels_are_told(name: str) -> None:
     z = logits(37, 3, 4)

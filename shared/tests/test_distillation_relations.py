@@ -630,3 +630,37 @@ def test_rkd_tells_near_duplicates_apart_in_float32() -> None:
         found.append((loss.detach().double(), s.grad.double()))
     for exact, rough in zip(*found, strict=True):
         assert float((exact - rough).abs().max()) <= 1e-5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_crd_counts_in_full_precision_whatever_the_module_is(dtype: torch.dtype) -> None:
+    """Z is some thousands times the number of images: float16 ends at 65504."""
+    n_data, labels = 50_000, torch.arange(50_000) % 10
+    torch.manual_seed(0)
+    loss = CRDLoss(6, 9, n_data, labels, negatives=7, sampling="fast")
+    again = CRDLoss(6, 9, n_data, labels, negatives=7, sampling="fast")
+    again.load_state_dict(loss.state_dict())
+    again.to(dtype)
+    s, t = normal(50, 4, 6).float(), normal(51, 4, 9).float()
+    index = torch.arange(4)
+    candidates = torch.cat([index.unsqueeze(1), torch.arange(4, 32).view(4, 7)], 1)
+    exact = loss(s, t, index, candidates)
+    found = again(s.to(dtype), t.to(dtype), index, candidates)
+    assert found.item() == pytest.approx(exact.item(), rel=2e-2)
+    assert again.contrast.params.dtype == torch.float32
+    torch.testing.assert_close(again.contrast.params, loss.contrast.params, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (4, 480), (8, 1024)])
+def test_pkt_in_float32_keeps_its_digits(shape: tuple[int, int]) -> None:
+    """It is the small rest of terms that cancel."""
+    s, t = normal(52, *shape), normal(53, *shape)
+    exact, found = PKTLoss()(s, t).item(), PKTLoss()(s.float(), t.float())
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_hidden_layer_of_the_other_head_follows_its_width() -> None:
+    assert MLPEmbed(20).linear1.out_features == 256
+    assert MLPEmbed(20, 16).linear1.out_features == 32
+    assert MLPEmbed(20, 16, 7).linear1.out_features == 7

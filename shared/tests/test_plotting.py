@@ -346,7 +346,7 @@ def test_image_grid_refuses_what_is_no_picture(picture: np.ndarray, message: str
 
 def test_a_log_is_read_column_by_column(tmp_path):
     file = tmp_path / "metrics.csv"
-    file.write_text("step,loss,lr,never\n1,2.5,,\n2,,0.1,\n3,1.5,0.2,\n")
+    file.write_text("step,loss,lr,never,note\n1,2.5,,,\n2,,0.1,,hot\n3,1.5,0.2,,\n,7,,,\n")
     found = read_log(file)
     assert set(found) == {"loss", "lr"}
     np.testing.assert_array_equal(found["loss"], [[1, 3], [2.5, 1.5]])
@@ -360,3 +360,10 @@ def test_smoothing_is_a_centred_mean(parts, half):
     values = np.random.default_rng(0).random(120)
     want = [values[max(0, k - half) : k + half + 1].mean() for k in range(120)]
     np.testing.assert_allclose(smooth(values, parts), want)
+
+
+def test_smoothing_leaves_out_what_is_no_number():
+    values = np.ones(203)
+    values[100] = np.nan
+    np.testing.assert_array_equal(smooth(values), 1)
+    assert np.isnan(smooth(np.full(3, np.nan))).all()

@@ -40,8 +40,9 @@ class Points(DataModule):
 
 def fit(folder, epochs, **options):
     module = Regression(**options)
+    checkpoint = begun(folder, module, epochs)
     trainer = make_trainer(folder, epochs=epochs, seed=3, accelerator="cpu", progress=False)
-    trainer.fit(module, datamodule=Points(4), ckpt_path=begun(folder, module, epochs))
+    trainer.fit(module, datamodule=Points(4), ckpt_path=checkpoint)
     return module.layer.weight.detach()
 
 

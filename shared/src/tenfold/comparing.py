@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,13 +48,15 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _difference(left: Any, right: Any, tolerance: float, floor: float) -> str:
-    if not (isinstance(left, float | Tensor) and isinstance(right, float | Tensor)):
+    numbers = float, Tensor, np.ndarray
+    if not (isinstance(left, numbers) and isinstance(right, numbers)):
         return "" if left == right else f"{left!r:.40}, {right!r:.40}"
     one, other = torch.as_tensor(left), torch.as_tensor(right)
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"{one.dtype} {tuple(one.shape)}, {other.dtype} {tuple(other.shape)}"
-    if torch.equal(one, other):
+    if torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
         return ""
-    apart, largest = (x.abs().max().item() for x in (one.double() - other, other.double()))
-    close = one.is_floating_point() and apart <= max(tolerance * largest, floor)
+    floating, one, other = one.is_floating_point(), one.double(), other.double()
+    apart, largest = (x.abs().max().item() for x in (one - other, other))
+    close = floating and apart <= max(tolerance * largest, floor)
     return "" if close else f"by {apart:.2g} of {largest:.2g}"

@@ -53,6 +53,8 @@ def make_trainer(
 def begun(folder: Path, module: LightningModule, epochs: int) -> Path | None:
     """The checkpoint that `folder` holds of the same run, None if there is none.
 
+    To be asked before `make_trainer`, which cuts the folder's log to where the run goes on.
+
     Raises:
         UserError: it is of a run with other settings, or of more epochs.
     """

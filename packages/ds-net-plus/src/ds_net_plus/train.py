@@ -27,6 +27,7 @@ def train_supernet(
     progress: bool = True,
 ) -> SupernetModule:
     """Stage I and recalibration of both copies; goes on from `folder`/last.ckpt if there is one."""
+    checkpoint = begun(folder, module, epochs)  # before a trainer takes up the folder's log
     trainer = make_trainer(
         folder,
         epochs=epochs,
@@ -34,7 +35,7 @@ def train_supernet(
         accelerator=accelerator,
         progress=progress,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module, epochs))
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     for net in (module.net, module.teacher):
         recalibrate(net, training_images(data, recalibration))
     return module.eval()
@@ -124,6 +125,7 @@ def train_gate(
     module.net.routing_space = net.routing_space
     reset_gate(module.net, seed)
     epochs = -(-steps // max(len(data.train_dataloader()), 1))
+    checkpoint = begun(folder, module, epochs)  # before a trainer takes up the folder's log
     trainer = make_trainer(
         folder,
         epochs=epochs,
@@ -131,5 +133,5 @@ def train_gate(
         accelerator=accelerator,
         progress=progress,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=begun(folder, module, epochs))
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     return module.eval()

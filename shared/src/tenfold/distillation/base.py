@@ -11,27 +11,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tenfold.distillation.taps import Signal as SignalName
-from tenfold.distillation.taps import Taps
+from tenfold.distillation.taps import Signal, Taps
 from tenfold.errors import UserError
 
-Signal = TypeVar("Signal")
+Compared = TypeVar("Compared")
 LossClass = TypeVar("LossClass", bound="type[DistillationLoss[Any]]")
 
 _LOSSES: dict[str, type[DistillationLoss[Any]]] = {}
 
 
-class DistillationLoss(nn.Module, ABC, Generic[Signal]):
+class DistillationLoss(nn.Module, ABC, Generic[Compared]):
     """A distance between what a student and what a teacher say about the same batch.
 
-    ``Signal`` is what `forward` compares: one tensor (logits, a pooled vector, a map) or a list of
-    maps, from shallow to deep. `terms` takes the same arguments for every loss: all that both
+    ``Compared`` is what `forward` compares: one tensor (logits, a pooled vector, a map) or a list
+    of maps, from shallow to deep. `terms` takes the same arguments for every loss: all that both
     networks say, and the batch. Adaptors that are trained with the student are ordinary submodules,
     hence found by ``parameters()``; `for_taps` sizes them.
 
     Two rules hold for every subclass: the teacher's side is a constant, no gradient flows into
     it; and the result is a scalar averaged over the batch, so that it does not depend on how many
-    images a process holds.
+    images a process holds, unless an argument asks for a published program's scale.
 
     Attributes:
         name: the name under which the loss is registered.
@@ -39,17 +38,19 @@ class DistillationLoss(nn.Module, ABC, Generic[Signal]):
         default_weight: its factor beside the cross-entropy in the CIFAR comparison of CRD's
             authors, or in its own paper.
         default_ce_weight: the factor of the cross-entropy itself, there.
+        reads: entries of the batch that `forward` takes behind the two signals.
         stage: "joint", or "init" for a loss that prepares the student before the task is trained.
     """
 
     name: ClassVar[str]
-    signal: ClassVar[SignalName] = "logits"
+    signal: ClassVar[Signal] = "logits"
     default_weight: ClassVar[float] = 1.0
     default_ce_weight: ClassVar[float] = 1.0
+    reads: ClassVar[tuple[str, ...]] = ()
     stage: ClassVar[Literal["joint", "init"]] = "joint"
 
     @abstractmethod
-    def forward(self, student: Signal, teacher: Signal, /) -> Float[Tensor, ""]:
+    def forward(self, student: Compared, teacher: Compared, /) -> Float[Tensor, ""]:
         """Return the loss of ``student`` against the constant ``teacher``, a scalar."""
 
     @classmethod
@@ -77,16 +78,13 @@ class DistillationLoss(nn.Module, ABC, Generic[Signal]):
         Raises:
             UserError: a part that the loss compares is missing, or its shapes do not fit.
         """
-        ours, theirs = student.signal(self.signal), teacher.signal(self.signal)
-        if self.signal == "logits":
-            ours, theirs = _rows(ours), _rows(theirs)
-        return {self.name: self(ours, theirs)}
+        both = student.signal(self.signal), teacher.signal(self.signal)
+        return {self.name: self(*both, *(batch.get(key) for key in self.reads))}
 
-    def __call__(self, student: Any, teacher: Any, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Do as `forward`; or as `terms`, for `loss(student_taps, teacher_taps, batch)`."""
-        if isinstance(student, Taps):
-            return self.terms(student, teacher, *arguments, **options)
-        return super().__call__(student, teacher, *arguments, **options)
+        of_taps = bool(arguments) and isinstance(arguments[0], Taps)
+        return (self.terms if of_taps else super().__call__)(*arguments, **options)
 
 
 def register(name: str) -> Callable[[LossClass], LossClass]:
@@ -98,13 +96,17 @@ def register(name: str) -> Callable[[LossClass], LossClass]:
 
     def add(cls: LossClass) -> LossClass:
         known = _LOSSES.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and _written_at(known) != _written_at(cls):
             raise ValueError(f"loss name {name!r} is taken by {known.__module__}.{known.__name__}")
         cls.name = name
         _LOSSES[name] = cls
         return cls
 
     return add
+
+
+def _written_at(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 def create_loss(name: str, **kwargs: Any) -> DistillationLoss[Any]:
@@ -138,11 +140,6 @@ def loss_class(name: str) -> type[DistillationLoss[Any]]:
 def available_losses() -> tuple[str, ...]:
     """Names that `create_loss` knows, in alphabetical order."""
     return tuple(sorted(_LOSSES))
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """Dense logits (batch, classes, height, width) as a row for each pixel; others as they are."""
-    return logits.movedim(1, -1).flatten(0, -2) if logits.ndim == 4 else logits
 
 
 def in_full_precision(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,6 +68,7 @@ class CRDLoss(DistillationLoss[Tensor]):
 
     signal = "pooled"
     default_weight = 0.8
+    reads = ("index",)
 
     def __init__(
         self,
@@ -175,13 +176,6 @@ class CRDLoss(DistillationLoss[Tensor]):
         log_rejected = (noise / (negative + noise + _EPS)).log()
         return -(log_hit.sum() + log_rejected.sum()) / len(p)
 
-    def terms(
-        self, student: Taps, teacher: Taps, batch: Mapping[str, Tensor]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Return the loss under its name; see `DistillationLoss.terms`."""
-        both = student.signal(self.signal), teacher.signal(self.signal)
-        return {self.name: self(*both, batch.get("index"))}
-
 
 class _Memories(nn.Module):
     """A vector of every training item for both sides, v1 the student's and v2 the teacher's.
@@ -200,6 +194,14 @@ class _Memories(nn.Module):
         self.register_buffer("params", torch.tensor([count, temperature, -1, -1, momentum]))
         for name in ("memory_v1", "memory_v2"):
             self.register_buffer(name, torch.empty(items, dim).uniform_(-bound, bound))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Memories:
+        """As usual, but keep the five numbers in full precision: float16 cannot hold Z."""
+        params = self.params
+        super()._apply(fn, recurse)
+        if self.params.dtype in (torch.float16, torch.bfloat16):
+            self.params = params.to(self.params.device)
+        return self
 
     def forward(
         self,

@@ -7,6 +7,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from tenfold.distillation.base import DistillationLoss, register
 from tenfold.distillation.rows import logit_rows, whole_batch
@@ -77,12 +78,11 @@ def _pearson(
 ) -> Float[Tensor, " rows"]:
     """Correlation of every row of ``s`` with that of ``t``, 0 where one of them is constant."""
     deviations = [x - x.mean(1, keepdim=True) for x in (s, t)]
-    sizes = [torch.linalg.vector_norm(d, dim=1) for d in deviations]
+    sizes = [torch.linalg.vector_norm(d.detach(), dim=1) for d in deviations]
     rounding = 16 * torch.finfo(s.dtype).eps
     varies = [
         size > rounding * torch.linalg.vector_norm(x.detach(), dim=1)
         for size, x in zip(sizes, (s, t), strict=True)
     ]
-    both = varies[0] & varies[1]
-    product = (deviations[0] * deviations[1]).sum(1)
-    return torch.where(both, product / torch.where(both, sizes[0] * sizes[1], 1), 0)
+    both = (varies[0] & varies[1]).unsqueeze(1)
+    return F.cosine_similarity(*(torch.where(both, d, 0) for d in deviations), dim=1)

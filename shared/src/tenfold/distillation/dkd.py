@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 
 from tenfold.distillation.base import DistillationLoss, register
 from tenfold.distillation.rows import UNLABELLED, label_rows, logit_rows
-from tenfold.distillation.taps import Taps
 from tenfold.errors import UserError
 
 _MASK = 1000.0
@@ -47,6 +45,8 @@ class DKDLoss(DistillationLoss[Tensor]):
         ValueError: if ``temperature`` is not a positive number.
     """
 
+    reads = ("label",)
+
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
@@ -64,28 +64,23 @@ class DKDLoss(DistillationLoss[Tensor]):
         Args:
             student_logits: z^s, any real numbers.
             teacher_logits: z^t, any real numbers; taken as constants.
-            labels: y, the target class of every row.
+            labels: y, the target class of every row; pixels without one (-1) have no part.
 
         Raises:
             ValueError: if the logits' shapes differ.
-            UserError: no labels, a row without one, or another number of labels than rows.
+            UserError: no labels, an image without one, or another number of labels than rows.
         """
         s, t = logit_rows(student_logits, teacher_logits)
         y = label_rows(labels, s, self.name)
-        if bool((y <= UNLABELLED).any()):
+        told = y > UNLABELLED
+        if student_logits.ndim == 2 and not bool(told.all()):
             what = f"{self.name} parts the label's class from the others, but an image has no label"
             raise UserError(what, fix="leave unlabelled images out, or choose kd")
+        s, t, y = s[told], t[told], y[told]
         softened, target = (s / self.temperature, t / self.temperature), y.unsqueeze(1)
         binary = _divergence(*(_target_or_rest(z, target) for z in softened))
         among = _divergence(*(_among_rest(z, target) for z in softened))
         return self.temperature**2 * (self.alpha * binary + self.beta * among)
-
-    def terms(
-        self, student: Taps, teacher: Taps, batch: Mapping[str, Tensor]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Return the loss under its name; see `DistillationLoss.terms`."""
-        logits = student.signal(self.signal), teacher.signal(self.signal)
-        return {self.name: self(*logits, batch.get("label"))}
 
     def extra_repr(self) -> str:
         """Show the weights in the printed module."""
@@ -111,4 +106,5 @@ def _among_rest(
 def _divergence(
     log_s: Float[Tensor, "rows n"], log_t: Float[Tensor, "rows n"]
 ) -> Float[Tensor, ""]:
-    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    total = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+    return total / max(1, len(log_s))

@@ -49,10 +49,11 @@ class MLPEmbed(nn.Module):
     """
 
     def __init__(
-        self, dim_in: int, dim_out: int = 128, hidden: int = 256, *, normalize: bool = True
+        self, dim_in: int, dim_out: int = 128, hidden: int | None = None, *, normalize: bool = True
     ) -> None:
         super().__init__()
         self.normalize = normalize
+        hidden = 2 * dim_out if hidden is None else hidden
         self.linear1 = nn.Linear(dim_in, hidden)
         self.linear2 = nn.Linear(hidden, dim_out)
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tenfold.distillation.base import DistillationLoss, in_full_precision, register
+from tenfold.distillation.maps import adapt
 from tenfold.distillation.projectors import Embedding
 from tenfold.distillation.taps import Taps, check_maps
 from tenfold.errors import UserError
@@ -204,9 +205,9 @@ class ICCLoss(DistillationLoss[Tensor]):
             UserError: shapes that do not fit, or a grid finer than a map.
         """
         check_maps(student, teacher, self.name)
-        batch = len(student)
-        weight = next(self.embed_s.parameters(), student)  # of its own precision, as maps are not
-        student, teacher = self.embed_s(student.to(weight.dtype)), teacher.detach()
+        batch, teacher = len(student), teacher.detach()
+        with torch.autocast(student.device.type, enabled=False):
+            student = adapt(self.embed_s, in_full_precision(student))
         check_maps(student, teacher, self.name, channels=True)
         if self.grid is not None:
             student, teacher = self._cut(student, teacher, self.grid)

@@ -8,12 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tenfold.distillation.base import (
-    DistillationLoss,
-    check_same_shape,
-    in_full_precision,
-    register,
-)
+from tenfold.distillation.base import DistillationLoss, register
+from tenfold.distillation.rows import logit_rows
 
 
 @register("kd")
@@ -50,23 +46,22 @@ class KnowledgeDistillation(DistillationLoss[Tensor]):
 
     def forward(
         self,
-        student_logits: Float[Tensor, "*batch classes"],
-        teacher_logits: Float[Tensor, "*batch classes"],
+        student_logits: Float[Tensor, "batch classes *pixels"],
+        teacher_logits: Float[Tensor, "batch classes *pixels"],
     ) -> Float[Tensor, ""]:
         """Compare logits with logits.
 
         Args:
-            student_logits: z^s, any real numbers.
-            teacher_logits: z^t, any real numbers; taken as constants.
+            student_logits: z^s, any real numbers; every pixel of a dense prediction is a row.
+            teacher_logits: z^t, likewise; taken as constants.
 
         Raises:
             ValueError: if the shapes differ.
         """
-        check_same_shape(student_logits, teacher_logits)
-        log_p = (in_full_precision(student_logits) / self.temperature).log_softmax(-1)
-        log_t = (in_full_precision(teacher_logits.detach()) / self.temperature).log_softmax(-1)
-        divergence = F.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1)
-        return self.temperature**2 * divergence.mean()
+        s, t = (z / self.temperature for z in logit_rows(student_logits, teacher_logits))
+        # probabilities, not their logarithms: a class that the teacher masks with -inf counts 0
+        divergence = F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
+        return self.temperature**2 * divergence
 
     def extra_repr(self) -> str:
         """Show the temperature in the printed module."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,7 +9,6 @@ from torch.nn import functional as F
 from tenfold.distillation.base import DistillationLoss, register
 from tenfold.distillation.kd import KnowledgeDistillation
 from tenfold.distillation.rows import UNLABELLED, label_rows, logit_rows
-from tenfold.distillation.taps import Taps
 
 
 @register("kd_mixed")
@@ -38,6 +35,7 @@ class KDMixedLoss(DistillationLoss[Tensor]):
     """
 
     default_ce_weight = 0.0
+    reads = ("label",)
 
     def __init__(self, alpha: float = 0.1, temperature: float = 4.0) -> None:
         super().__init__()
@@ -68,13 +66,6 @@ class KDMixedLoss(DistillationLoss[Tensor]):
         hard = F.cross_entropy(s, y, ignore_index=UNLABELLED, reduction="sum")
         hard = hard / (y != UNLABELLED).sum().clamp_min(1)
         return self.alpha * hard + (1 - self.alpha) * self.kd(s, t)
-
-    def terms(
-        self, student: Taps, teacher: Taps, batch: Mapping[str, Tensor]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Return the loss under its name; see `DistillationLoss.terms`."""
-        logits = student.signal(self.signal), teacher.signal(self.signal)
-        return {self.name: self(*logits, batch.get("label"))}
 
     def extra_repr(self) -> str:
         """Show the share of the labels in the printed module."""

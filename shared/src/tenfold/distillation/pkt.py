@@ -49,10 +49,11 @@ class PKTLoss(DistillationLoss[Tensor]):
         s, t = (whole_batch(x) for x in vectors(student, teacher, self.name))
         with torch.autocast(s.device.type, enabled=False):
             k_s, k_t = _neighbours(s), _neighbours(t)
-        return (k_t * ((k_t + _EPS) / (k_s + _EPS)).log()).mean()
+        return (k_t * ((k_t + _EPS) / (k_s + _EPS)).log()).mean().to(s.dtype)
 
 
 def _neighbours(x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch batch"]:
+    x = x if x.device.type == "mps" else x.double()
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     # A zero vector stays zero; divided by the eps it would have gradients of 1e7
     unit = x / torch.where(length > 0, length + _EPS, 1)

@@ -62,9 +62,9 @@ class ConvReg(nn.Module):
         super().__init__()
         (channels_in, *size_in), (channels_out, *size_out) = shape_in, shape_out
         self.channels_in = channels_in
-        if size_in == [2 * n for n in size_out]:
+        if size_in[0] == 2 * size_out[0]:
             self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1)
-        elif [2 * n for n in size_in] == size_out:
+        elif 2 * size_in[0] == size_out[0]:
             self.conv = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1)
         else:
             more = [a - b for a, b in zip(size_in, size_out, strict=True)]

@@ -115,7 +115,7 @@ def hierarchical_context(
     weight = total = 1.0
     loss = F.mse_loss(student, teacher)
     for size in _LEVELS:
-        if size >= min(student.shape[2:]):
+        if size >= student.shape[2]:
             continue
         weight /= 2
         total += weight

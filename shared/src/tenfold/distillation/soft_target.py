@@ -7,12 +7,8 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from tenfold.distillation.base import (
-    DistillationLoss,
-    check_same_shape,
-    in_full_precision,
-    register,
-)
+from tenfold.distillation.base import DistillationLoss, in_full_precision, register
+from tenfold.distillation.rows import logit_rows
 from tenfold.distillation.taps import Taps
 
 
@@ -34,8 +30,8 @@ class SoftTargetCrossEntropy(DistillationLoss[Tensor]):
 
     def forward(
         self,
-        student_logits: Float[Tensor, "*batch classes"],
-        target_probs: Float[Tensor, "*batch classes"],
+        student_logits: Float[Tensor, "batch classes *pixels"],
+        target_probs: Float[Tensor, "batch classes *pixels"],
     ) -> Float[Tensor, ""]:
         """Compare logits with probabilities.
 
@@ -46,9 +42,8 @@ class SoftTargetCrossEntropy(DistillationLoss[Tensor]):
         Raises:
             ValueError: if the shapes differ.
         """
-        check_same_shape(student_logits, target_probs)
-        log_p = in_full_precision(student_logits).log_softmax(-1)
-        return -(target_probs.detach().to(log_p.dtype) * log_p).sum(-1).mean()
+        s, t = logit_rows(student_logits, target_probs)
+        return -(t * s.log_softmax(1)).sum(1).mean()
 
     def terms(
         self, student: Taps, teacher: Taps, batch: Mapping[str, Tensor]

@@ -41,19 +41,19 @@ class Taps:
         """What a loss asks for.
 
         Args:
-            wanted: "logits", "pooled", "last" (what ICKD compares), "deepest" (F_-2), "hint" (F_2),
-                "stages" (F_1 .. F_-2: without the stem, if there is one), "trunk" (F_0 .. F_-2) or
-                "preact_stages" (the stages before their activation).
+            wanted: "logits", "pooled", "last" (what ICKD compares), "deepest" (F_-2), "hint" (F_2,
+                or the last of fewer), "stages" (F_1 .. F_-2: without the stem, if there is one),
+                "trunk" (F_0 .. F_-2) or "preact_stages" (the stages before their activation).
 
         Raises:
             UserError: this network has no such part.
         """
         if wanted in ("logits", "pooled"):
-            return self._there(getattr(self, wanted), wanted)
+            return _there(getattr(self, wanted), wanted)
         if wanted == "last" and self.last is not None:
             return self.last
         maps = self.preacts if wanted == "preact_stages" else self.maps
-        self._there(maps or None, "maps before their activation" if maps is self.preacts else "map")
+        _there(maps or None, "maps before their activation" if maps is self.preacts else "map")
         if wanted in ("last", "deepest"):
             return maps[-1]
         if wanted == "hint":
@@ -61,11 +61,12 @@ class Taps:
         whole = wanted == "trunk" or not self.stem or len(maps) == 1
         return list(maps if whole else maps[1:])
 
-    def _there(self, value: Any, name: str) -> Any:
-        if value is None:
-            fix = "choose another loss, or name tap points"
-            raise UserError(f"the network gives no {name}, which the loss compares", fix=fix)
-        return value
+
+def _there(value: Any, name: str) -> Any:
+    if value is None:
+        fix = "choose another loss, or name tap points"
+        raise UserError(f"the network gives no {name}, which the loss compares", fix=fix)
+    return value
 
 
 def check_stages(student: Sequence[Tensor], teacher: Sequence[Tensor], loss: str) -> None:

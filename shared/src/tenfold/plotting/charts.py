@@ -203,7 +203,8 @@ def heatmap(
         columns: names of the columns.
         fmt: how a value is written; "" for colours alone.
         centre: value that is neutral; given, the colours diverge from it (signed quantities).
-        limits: values of the end colours; those of the data if None.
+        limits: values of the end colours, with `centre` as far to both sides as the farther; those
+            of the data if None.
 
     Raises:
         ValueError: if names and values do not fit.

@@ -17,10 +17,10 @@ Series: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 def read_log(log: Log) -> dict[str, Series]:
-    """Every column that has a value, by its name, without the steps' own."""
+    """Every column of numbers, by its name, without the steps' own."""
     rows = _read(Path(log)) if isinstance(log, str | Path) else list(log)
     keys = dict.fromkeys(key for row in rows for key in row)
-    series = {key: _series(rows, key) for key in keys if key != "step"}
+    series = {key: _series(rows, key) for key in keys if key not in (None, "step")}
     return {key: found for key, found in series.items() if len(found[0])}
 
 
@@ -30,15 +30,33 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _series(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
-    found = [(row["step"], row[name]) for row in rows if row.get(name) not in (None, "")]
+    found = [
+        (row["step"], row[name])
+        for row in rows
+        if row.get("step") not in (None, "") and _is_number(row.get(name))
+    ]
     steps, values = zip(*found, strict=True) if found else ((), ())
     return np.array(steps, float), np.array(values, float)
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def smooth(values: np.ndarray, parts: int = 20) -> np.ndarray:
-    """Centred running mean over one of so many parts of a run, over fewer values at both ends."""
+    """Centred running mean over one of so many parts of a run, over fewer values at both ends.
+
+    Values that are not finite are left out.
+    """
     half = len(values) // (2 * parts)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    centre = np.arange(len(values))
+    centre, known = np.arange(len(values)), np.isfinite(values)
     first, stop = (centre - half).clip(0), (centre + half + 1).clip(max=len(values))
-    return (total[stop] - total[first]) / (stop - first)
+    sums, counts = (
+        np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(known, values, 0.0), known)
+    )
+    with np.errstate(invalid="ignore"):
+        return (sums[stop] - sums[first]) / (counts[stop] - counts[first])

@@ -69,6 +69,7 @@ def fit_recipe(
         **{**parts["model"]["init_args"], **(model or {})}
     )
     length: int = epochs or parts["trainer"]["max_epochs"]
+    checkpoint = begun(folder, module, length)  # before a trainer takes up the folder's log
     trainer = make_trainer(
         folder,
         epochs=length,
@@ -82,7 +83,7 @@ def fit_recipe(
     )
     with warnings.catch_warnings():
         silence_noise()
-        trainer.fit(module, datamodule=images, ckpt_path=begun(folder, module, length))
+        trainer.fit(module, datamodule=images, ckpt_path=checkpoint)
     return module.eval(), images
 
 

@@ -235,7 +235,7 @@ class Objective(nn.Module):
             epoch: counted from 0.
         """
         label = _whole_labels(batch["label"])
-        batch = {**batch, "label": label.flatten()}
+        batch = {**batch, "label": label}
         if self.preparing(epoch):
             return self._preparation(student, teacher, batch)
         terms = {}
@@ -249,7 +249,7 @@ class Objective(nn.Module):
             grown = min(1.0, (epoch + 1) / choice.warmup) if choice.warmup else 1.0
             for key, ours, theirs, weight in self._places(choice, student, teacher):
                 loss: Any = self.losses[key]
-                for name, value in loss.terms(_flat(ours), _flat(theirs), batch).items():
+                for name, value in loss.terms(ours, theirs, batch).items():
                     name = name if key == choice.name else key
                     terms[name] = choice.weight * grown * weight * value
         return terms
@@ -294,7 +294,7 @@ def _build(choice: LossChoice, student: Taps, teacher: Taps) -> DistillationLoss
         if issubclass(kind, CRDLoss):  # its labels come with the data, see `set_labels`
             sizes = (taps.signal(kind.signal).shape[1] for taps in (student, teacher))
             return kind(*sizes, **options)
-        return kind.for_taps(_flat(student), _flat(teacher), **options)
+        return kind.for_taps(student, teacher, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot build the loss {choice.name}: {error}") from error
 
@@ -307,14 +307,6 @@ def prepares_first(name: str) -> bool:
 
 def _at(taps: Taps, index: int) -> Taps:
     return replace(taps, maps=taps.maps[index : index + 1], last=None)
-
-
-def _flat(taps: Taps) -> Taps:
-    """Dense logits (batch, classes, height, width) as one row for each pixel."""
-    logits = taps.logits
-    if logits is None or logits.ndim == 2:
-        return taps
-    return replace(taps, logits=logits.movedim(1, -1).reshape(-1, logits.shape[1]))
 
 
 def _whole_labels(label: Tensor) -> Tensor:
