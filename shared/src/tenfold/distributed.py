@@ -47,6 +47,20 @@ def own_rows() -> slice:
     return slice(rank, None, world)
 
 
+def whole_batch(x: Shaped[Tensor, " batch *shape"]) -> Shaped[Tensor, " whole *shape"]:
+    """The rows of all ranks, for a loss that looks across the batch.
+
+    In validation, without gradients, they are this rank's own: ranks may then hold batches of
+    different sizes, which cannot be gathered.
+    """
+    return gather(x) if torch.is_grad_enabled() else x
+
+
+def own_part() -> slice:
+    """Where this rank's rows are in a `whole_batch`."""
+    return own_rows() if torch.is_grad_enabled() else slice(None)
+
+
 class _Gather(torch.autograd.Function):
     """All-gather, whose backward pass is the sum over ranks of what each wants from a row.
 

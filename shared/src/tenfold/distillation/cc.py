@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tenfold.distillation.base import DistillationLoss, register
 from tenfold.distillation.embeds import LinearEmbed
-from tenfold.distillation.rows import vectors, whole_batch
+from tenfold.distillation.rows import vectors
 from tenfold.distillation.taps import Taps
+from tenfold.distributed import whole_batch
 
 
 @register("cc")

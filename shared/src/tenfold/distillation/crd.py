@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from tenfold.distillation.base import DistillationLoss, in_full_precision, register
 from tenfold.distillation.embeds import LinearEmbed, MLPEmbed
 from tenfold.distillation.negatives import NEGATIVES, OtherClassSampler, Sampling
-from tenfold.distillation.rows import vectors, whole_batch
+from tenfold.distillation.rows import vectors
 from tenfold.distillation.taps import Taps
+from tenfold.distributed import whole_batch
 from tenfold.errors import UserError
 
 _EMBEDS = {"linear": LinearEmbed, "mlp": MLPEmbed}

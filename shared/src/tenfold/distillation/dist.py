@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tenfold.distillation.base import DistillationLoss, register
-from tenfold.distillation.rows import logit_rows, whole_batch
+from tenfold.distillation.rows import logit_rows
+from tenfold.distributed import whole_batch
 
 
 @register("dist")

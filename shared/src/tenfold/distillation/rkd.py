@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tenfold.distillation.base import DistillationLoss, register
-from tenfold.distillation.rows import own_part, vectors, whole_batch
+from tenfold.distillation.rows import vectors
+from tenfold.distributed import own_part, whole_batch
 
 _EPS = 1e-12
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tenfold.distillation.base import check_same_shape, in_full_precision
-from tenfold.distributed import gather, own_rows
 from tenfold.errors import UserError
 
 UNLABELLED = -1
@@ -75,17 +73,3 @@ def vectors(
         raise UserError(f"{loss} met features of different batches: {both}")
     s, t = in_full_precision(student).flatten(1), in_full_precision(teacher.detach()).flatten(1)
     return s, t.to(s.dtype)
-
-
-def whole_batch(x: Shaped[Tensor, " batch ..."]) -> Shaped[Tensor, " whole ..."]:
-    """The rows of all ranks, for a loss that looks across the batch.
-
-    In validation, without gradients, they are this rank's own: ranks may then hold batches of
-    different sizes, which cannot be gathered.
-    """
-    return gather(x) if torch.is_grad_enabled() else x
-
-
-def own_part() -> slice:
-    """Where this rank's rows are in a `whole_batch`."""
-    return own_rows() if torch.is_grad_enabled() else slice(None)

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.distillation.base import DistillationLoss, register
-from tenfold.distillation.rows import vectors, whole_batch
+from tenfold.distillation.rows import vectors
+from tenfold.distributed import whole_batch
 
 _EPS = 1e-12
 
