@@ -20,8 +20,10 @@ import torch
 
 from benchmarks.ickd.tables import write_tables
 from benchmarks.results import Results, work_folder
+from ickd.commands.compare import TOY_WEIGHTS
 from ickd.comparison import compare_losses, evaluate
 from ickd.module import fit_recipe
+from ickd.scores import ALONE
 from tenfold.errors import UserError
 
 PROCESSES = 2
@@ -48,13 +50,12 @@ class Part:
     one_teacher: bool = False
 
 
-_TOY = {"kd": 1.0, "ickd": 4.0, "mse": 2.0}
 _FIVE = ("none", "kd", "ickd", "kd+ickd", "mse")
 
 
 PARTS = {
-    "gratings": Part("demo", "demo-teacher", _FIVE, _TOY),
-    "fine": Part("gratings-fine", "gratings-fine-teacher", _FIVE, _TOY),
+    "gratings": Part("demo", "demo-teacher", _FIVE, TOY_WEIGHTS),
+    "fine": Part("gratings-fine", "gratings-fine-teacher", _FIVE, TOY_WEIGHTS),
     "blobs": Part(
         "blobs",
         "blobs-teacher",
@@ -130,7 +131,7 @@ def run_part(
             for seed in seeds
             for losses in part.losses
         }
-        alone = {key: given for key, given in students.items() if given[1] == "none"}
+        alone = {key: given for key, given in students.items() if given[1] == ALONE}
         first = start(pool, train_teacher, teachers, results)
         second = start(pool, train_student, alone, results)
         keep(results, first)
@@ -180,7 +181,7 @@ def train_student(
         folder / losses.replace(":", "-") / str(seed),
         seeds=[seed],
         weights=part.weights,
-        model={} if losses == "none" else {"teacher_ckpt": str(teacher)},
+        model={} if losses == ALONE else {"teacher_ckpt": str(teacher)},
         data=data,
         accelerator="cpu",
         progress=False,

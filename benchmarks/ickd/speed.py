@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.results import Results, markdown, replace_block
+from ickd import zoo
 from ickd.compiling import CompiledNetwork
 from ickd.folding import fold
+from ickd.measure import icc_cost
 from ickd.networks import open_network
 from tenfold.device import autocast, channels_last, report, time_call, time_interleaved
 from tenfold.distillation import ICCLoss, create_loss
@@ -19,7 +21,7 @@ from tenfold.distillation import ICCLoss, create_loss
 README = Path("packages/ickd/README.md")
 SHAPES = ((16, 512, 16), (4, 2048, 16), (8, 512, 49), (16, 256, 64))
 NST_SHAPES = ((4, 128, 8), (64, 128, 8))
-BATCH = 64
+BATCH, ZOO_BATCH = 64, 16
 
 
 def run(seeds: int = 1, only: str | None = None) -> None:
@@ -27,12 +29,13 @@ def run(seeds: int = 1, only: str | None = None) -> None:
 
     Args:
         seeds: not used; a time has no seed.
-        only: "icc", "nst", "step" or "teacher".
+        only: "icc", "zoo", "nst", "step" or "teacher".
     """
     results = Results("speed", "ickd", fresh=only is None)
     if only is None:  # writing keeps what it finds
         results.path.unlink(missing_ok=True)
-    for name, part in {"icc": icc, "nst": nst, "step": step, "teacher": teacher}.items():
+    parts = {"icc": icc, "zoo": taps_of_the_zoo, "nst": nst, "step": step, "teacher": teacher}
+    for name, part in parts.items():
         if only in (None, name):
             results.runs[name] = part()
             results.write()
@@ -86,6 +89,24 @@ def icc() -> dict[str, Any]:
             loss = ICCLoss(channels, embed=False, form=form)
             calls[form] = both_ways(lambda loss=loss, s=s, t=t: loss(s, t), s)
         found[f"{batch}, {channels}, {pixels}"] = _apart(calls)
+    return found
+
+
+def taps_of_the_zoo() -> dict[str, Any]:
+    """Both forms at every shape of map that ICKD compares in the zoo: peak bytes and time."""
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name in zoo.names():
+        network = open_network(f"zoo:{name}").eval()
+        with torch.no_grad():
+            last = network.taps(network.example(1)).signal("last")
+        shapes.setdefault(tuple(last.shape[1:]), []).append(name)
+    found = {}
+    for shape, names in sorted(shapes.items()):
+        s, t = (torch.rand(ZOO_BATCH, *shape, device=_device()) for _ in range(2))
+        cost = icc_cost("ickd", ICCLoss(shape[0], embed=False).to(_device()), s, t)
+        forms = {f: {"peak": c.peak, **c.timing.as_dict()} for f, c in cost.forms.items()}
+        key = f"{shape[0]} x {shape[1]}x{shape[2]}"
+        found[key] = {"networks": names, "auto": cost.auto, "batch": cost.batch, **forms}
     return found
 
 
@@ -208,6 +229,15 @@ def tables(runs: dict[str, Any]) -> str:
             "The ICC term, forward and backward on one thread, p pixels a map:\n\n"
             + markdown(head, rows)
         )
+    if "zoo" in runs:
+        rows = [
+            [key, _some(run["networks"]), run["auto"].replace("_", "-"),
+             f"{run['direct']['peak'] / run['low_memory']['peak']:.3g}x",
+             _times(run, "direct", "low_memory")]
+            for key, run in runs["zoo"].items()
+        ]  # fmt: skip
+        head = ["map", "networks", "form taken", "direct / low-memory, peak bytes", "time"]
+        parts.append("At the taps of the zoo:\n\n" + markdown(head, rows))
     if "nst" in runs:
         rows = [
             [f"({key})", _ms(run, "published"), _ms(run, "ours"), _times(run, "published", "ours")]
@@ -236,6 +266,10 @@ def tables(runs: dict[str, Any]) -> str:
         )
     parts.append(_where(runs))
     return "\n\n".join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _where(runs: dict[str, Any]) -> str:

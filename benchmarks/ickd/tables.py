@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Results, cell, markdown, plain, replace_block
+from ickd.scores import ALONE
 
 README = Path("packages/ickd/README.md")
 DOCS = README.parent / "docs"
@@ -14,7 +15,6 @@ TITLES = {
     "blobs": "textured-blobs, segmentation (100 images)",
     "cifar": "CIFAR-10 subset (20,000 images), resnet20 -> resnet8",
 }
-PLAIN = "none"
 
 
 def write_tables(results: Results) -> None:
@@ -49,13 +49,13 @@ def table(part: str, found: dict[str, dict[int, dict[str, Any]]]) -> str:
     """One part: every loss with its differences, paired by seed."""
     metric = next(iter(next(iter(found.values())).values()))["metric"]
     teacher = found.get("teacher", {})
-    names = [PLAIN, *sorted(name for name in found if name not in (PLAIN, "teacher"))]
+    names = [ALONE, *sorted(name for name in found if name not in (ALONE, "teacher"))]
     rows = []
     for name in (name for name in names if name in found):
         values = [run["score"] for _, run in sorted(found[name].items())]
         row = [name, plain(values, 2)]
-        for other in (PLAIN, "kd"):
-            apart = differences(found, name, other) if name not in (PLAIN, other) else []
+        for other in (ALONE, "kd"):
+            apart = differences(found, name, other) if name not in (ALONE, other) else []
             row.append(cell(apart) if apart else "")
         rows.append(row)
     seeds = max(len(runs) for name, runs in found.items() if name != "teacher")

@@ -18,6 +18,7 @@ from tenfold.device import (
     autocast,
     channels_last,
     doctor,
+    is_overloaded,
     lightning_precision,
     pick_device,
     report,
@@ -180,6 +181,7 @@ def test_more_work_than_cores_is_busy(
         clock.now += 1.0
 
     assert time_call(work, warmup=0, repeats=3).busy is busy
+    assert is_overloaded() is busy
 
 
 def test_a_real_sleep_is_timed() -> None:

@@ -230,3 +230,16 @@ def test_soft_target_takes_the_softmax_of_a_teachers_logits() -> None:
     found = SoftTargetCrossEntropy().terms(Taps(logits=zs), Taps(logits=zt), {})
     wanted = -(zt.softmax(-1) * zs.log_softmax(-1)).sum(-1).mean()
     torch.testing.assert_close(found["soft_target"], wanted)
+
+
+def test_arguments_that_a_loss_does_not_take_are_told_with_those_that_it_takes() -> None:
+    with pytest.raises(UserError, match=r"the loss dkd has .*'bta'.*it takes alpha.*beta.*temper"):
+        create_loss("dkd", bta=6)
+    with pytest.raises(UserError, match=r"the loss ickd has .*'channels_s'.*it takes channels_s"):
+        create_loss("ickd")
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_weights_inside_dkd_are_not_negative(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 0 or more"):
+        create_loss("dkd", **{name: -6.0})

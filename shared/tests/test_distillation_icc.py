@@ -779,6 +779,7 @@ def test_every_loss_of_the_catalogue_has_its_name_and_weight() -> None:
         assert issubclass(cls, DistillationLoss)
         assert cls.__module__ == f"tenfold.distillation.{'ickd' if name == 'ickd_grid' else name}"
         assert cls.default_ce_weight == {"kd": 0.1, "kd_mixed": 0.0}.get(name, 1.0)
+        assert cls.default_warmup == {"dkd": 20, "reviewkd": 20}.get(name, 0)
         assert cls.stage == ("init" if name in ("ab", "fsp") else "joint")
 
 

@@ -1,5 +1,7 @@
 """Paths and builders that several test files share."""
 
+import contextlib
+import gc
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,25 @@ from jaxtyping import install_import_hook
 # Two processes share the cores, and tiny convolutions are slow on many threads.
 torch.set_num_threads(1)
 
+# A collection looks at the million objects of the imports, and finds next to nothing.
+gc.set_threshold(10_000)
+
 # Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).
 install_import_hook(
     ["tenfold", "ickd"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of the imports live to the end: collections need not look at them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries that count their leaks at the end find none."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +45,21 @@ def _no_process_group_stays():
 def reference() -> Path:
     """The folder of reference arrays; its README says what they are."""
     return Path(__file__).parent / "reference"
+
+
+@pytest.fixture
+def uncollected_timings(monkeypatch) -> None:
+    """Timers collect no garbage first, which here takes longer than what they time."""
+    monkeypatch.setattr("tenfold.device._no_garbage_collection", contextlib.nullcontext)
+
+
+@pytest.fixture
+def unsaved_pictures(monkeypatch) -> None:
+    """Empty files in the place of pictures: drawing takes longer than all that leads to them."""
+
+    def save(figure: object, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path
+
+    monkeypatch.setattr("ickd.report.common.save", save)

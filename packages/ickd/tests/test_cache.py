@@ -1,6 +1,8 @@
 """Features of a teacher in a file: the same rows, and of nothing else."""
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from ickd import cache as cache_module
 from ickd.cache import TeacherCache
 from ickd.data import ImageData, SegmentationData
+from ickd.module import Distiller, Objective, parse_losses
+from ickd.module.objective import Pair
 from ickd.networks import Network, open_network
-from tenfold.distillation import Taps
+from tenfold.distillation import Taps, available_losses
 from tenfold.errors import UserError
+from tenfold.runs import make_trainer
 
 
 def generated(**options: object) -> ImageData:
@@ -145,8 +152,38 @@ def test_parts_may_be_left_out(teacher):
     assert set(cache.tensors) == {"logits", "maps.0", "maps.1", "maps.2", "maps.3"}
     with pytest.raises(UserError, match="the network gives no pooled"):
         rows.signal("pooled")
-    with pytest.raises(UserError, match=r"no field features, hints: choose from logits, pooled"):
-        TeacherCache.compute(teacher, data, keep=["hints", "features", "maps"])
+    with pytest.raises(UserError, match=r"no field features, maps\.x: choose from logits, pooled"):
+        TeacherCache.compute(teacher, data, keep=["maps.x", "features", "maps"])
+    with pytest.raises(
+        UserError, match=r"gives no last, preacts\.4: it gives logits, .*preacts\.3"
+    ):
+        TeacherCache.compute(teacher, data, keep=["last", "preacts.4", "maps"])
+
+
+def test_single_maps_keep_their_places(teacher):
+    data = generated()
+    cache = TeacherCache.compute(teacher, data, keep=["maps.2", "preacts.1", "preacts.3"])
+    assert set(cache.tensors) == {"maps.2", "preacts.1", "preacts.3"}
+    [batch] = generated(eval_batch_size=20).still_loader()
+    rows, whole = cache.rows(batch.index), teacher.taps(batch.image)
+    assert [tuple(f.shape) for f in rows.maps[:2]] == [(20, 0, 0, 0)] * 2
+    assert [len(f.flatten()) > 0 for f in rows.preacts] == [False, True, False, True]
+    for ours, theirs in [(rows.maps, whole.maps), (rows.preacts, whole.preacts)]:
+        for f_s, f_t in zip(ours, theirs, strict=False):
+            if f_s.numel():
+                torch.testing.assert_close(f_s, f_t, rtol=1e-5, atol=1e-5)
+    assert rows.signal("hint") is rows.maps[2]
+
+
+def test_large_features_are_told_before_they_are_computed(teacher, monkeypatch, caplog):
+    data = generated()  # 20 images of 12 x 16 x 16 numbers
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        TeacherCache.compute(teacher, data, keep=["maps.0"])
+        assert caplog.text == ""
+        monkeypatch.setattr(cache_module, "_LARGE", 20 * 12 * 16 * 16 * 4 - 1)
+        cache = TeacherCache.compute(teacher, data, keep=["maps.0"])
+    assert cache.size == 20 * 12 * 16 * 16 * 4
+    assert caplog.text.count("features of 20 images will take 0.0 GiB: maps.0") == 1
 
 
 def test_more_than_ten_maps_keep_their_order():
@@ -206,7 +243,7 @@ def test_another_teacher_is_refused(change, teacher, written):
         ({"train_size": 5}, "items"),
         ({"part": "teacher", "teacher_size": 4}, "labels"),
         ({"classes": "fine16"}, "classes"),
-        ({"image_size": 24}, "pixels"),
+        ({"image_size": 24}, "size or crop"),
     ],
 )
 def test_other_data_are_refused_by_what_differs(options, fact, teacher, written):
@@ -219,19 +256,24 @@ def test_other_files_and_transforms_are_refused(teacher, folder):
     path = folder / "cache.safetensors"
     TeacherCache.compute(teacher, of_folder(folder), keep=["logits"]).write(path)
     TeacherCache.open(path, teacher, of_folder(folder, batch_size=2, seed=4, subset=3))
-    with pytest.raises(UserError, match="another data set or transform, by its pixels"):
+    other = "another data set or transform, by its"
+    with pytest.raises(UserError, match=f"{other} size or crop"):
         TeacherCache.open(path, teacher, of_folder(folder, image_size=20))
-    with pytest.raises(UserError, match="another data set or transform, by its source"):
+    with pytest.raises(UserError, match=f"{other} source"):
         TeacherCache.open(path, teacher, generated(train_size=6))
-    picture(99).save(folder / "train" / "bee" / "1.png")
-    with pytest.raises(UserError, match="another data set or transform, by its pixels"):
+    second = folder / "train" / "bee" / "1.png"
+    content, times = second.read_bytes(), second.stat()
+    picture(99).save(second)
+    with pytest.raises(UserError, match=f"{other} images"):
         TeacherCache.open(path, teacher, of_folder(folder))
-    picture(11).save(folder / "train" / "bee" / "1.png")
+    second.write_bytes(content)
+    os.utime(second, ns=(times.st_atime_ns, times.st_mtime_ns))
     TeacherCache.open(path, teacher, of_folder(folder))
-    (folder / "train" / "bee" / "2.png").rename(folder / "train" / "bee" / "3.png")
-    TeacherCache.open(path, teacher, of_folder(folder))  # the same images in the same order
-    (folder / "train" / "bee" / "3.png").unlink()
-    with pytest.raises(UserError, match="another data set or transform, by its items"):
+    second.rename(folder / "train" / "ant" / "9.png")
+    with pytest.raises(UserError, match=f"{other} labels"):
+        TeacherCache.open(path, teacher, of_folder(folder))
+    (folder / "train" / "ant" / "9.png").unlink()
+    with pytest.raises(UserError, match=f"{other} items"):
         TeacherCache.open(path, teacher, of_folder(folder))
 
 
@@ -285,3 +327,154 @@ def test_a_file_is_written_whole_or_not_at_all(teacher, written, monkeypatch):
         cache.write(written)
     assert written.read_bytes() == before
     assert [p.name for p in written.parent.iterdir()] == [written.name]
+
+
+# ---------------------------------------------------------------------------- where they lie
+
+
+def test_features_on_cuda_take_a_quarter_of_what_is_free(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {cuda: (4000, 9000)}[device])
+    assert cache_module.fits(999, cuda)
+    assert not cache_module.fits(1000, cuda)
+    assert not cache_module.fits(1, torch.device("cpu"))
+
+
+def test_features_move_to_the_images_once(teacher, monkeypatch):
+    cache, asked = TeacherCache.compute(teacher, generated()), []
+    total, index = cache.size, torch.tensor([3, 1])
+
+    def fits(size: int, device: torch.device) -> bool:
+        asked.append((size, device.type))
+        return device.type == "meta"  # a device that every machine has
+
+    monkeypatch.setattr(cache_module, "fits", fits)
+    for _ in range(2):
+        cache.rows(index)
+    assert {value.device.type for value in cache.tensors.values()} == {"cpu"}
+    for _ in range(2):
+        rows = cache.rows(index.to("meta"))
+    assert {value.device.type for value in cache.tensors.values()} == {"meta"}
+    assert rows.pooled is not None
+    assert (rows.pooled.device.type, tuple(rows.pooled.shape)) == ("meta", (2, 48))
+    assert asked == [(total, "cpu"), (total, "meta")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fit", [True, False])
+def test_rows_on_cuda(teacher, monkeypatch, fit):
+    cache, index = TeacherCache.compute(teacher, generated()), torch.tensor([3, 1, 19])
+    wanted = cache.rows(index)
+    monkeypatch.setattr(cache_module, "fits", lambda *_: fit)
+    rows = cache.rows(index.cuda())
+    assert next(iter(cache.tensors.values())).is_cuda is fit
+    for ours, theirs in zip(rows.maps, wanted.maps, strict=True):
+        assert ours.is_cuda
+        assert torch.equal(ours.cpu(), theirs)
+
+
+# ---------------------------------------------------------------------------- what losses read
+
+
+STUDENT, TEACHER = "embedded:gratings-student", "embedded:gratings-teacher"
+READ = {
+    "kd": {"logits"},
+    "soft_target": {"logits"},
+    "rkd": {"pooled"},
+    "crd": {"pooled"},
+    "ickd": {"maps.3"},
+    "sp": {"maps.3"},
+    "ft": {"maps.3"},
+    "fitnet": {"maps.2"},
+    "at": {"maps.1", "maps.2", "maps.3"},
+    "fsp": {"maps.0", "maps.1", "maps.2", "maps.3"},
+    "ofd": {"preacts.1", "preacts.2", "preacts.3"},
+    "reviewkd": {"preacts.1", "preacts.2", "preacts.3", "pooled"},
+}
+
+
+def an_objective(losses: object, pairs: Sequence[Pair] = (), **options: object) -> Objective:
+    torch.manual_seed(1)
+    networks = [
+        open_network(name, taps=[pair[n] for pair in pairs])
+        for n, name in enumerate((STUDENT, TEACHER))
+    ]
+    taps = [network.eval().taps(network.example(2)) for network in networks]
+    return Objective(parse_losses(losses), *taps, pairs=pairs, **options)
+
+
+@pytest.mark.parametrize("name", available_losses())
+def test_a_loss_finds_all_that_it_reads_in_the_cache(name, teacher):
+    """The same value from the cache of its own parts as from all that the teacher says."""
+    options = {"crd": {"n_data": 20, "negatives": 4}, "ickd_grid": {"grid": [2, 2]}}
+    objective = an_objective({name: options.get(name, {})}, init_epochs=1).eval()
+    objective.set_labels(generated())
+    data = generated(eval_batch_size=20)
+    cache = TeacherCache.compute(teacher, data, keep=objective.teacher_parts)
+    assert set(cache.tensors) == set(objective.teacher_parts)
+    assert set(cache.tensors) == READ.get(name, set(cache.tensors))
+    [batch] = data.still_loader()
+    student = open_network(STUDENT).eval().taps(batch.image)
+    facts = {"label": batch.label, "index": batch.index}
+    found = []
+    for taps in (teacher.taps(batch.image), cache.rows(batch.index)):
+        torch.manual_seed(2)
+        terms = [objective(student, taps, facts, epoch) for epoch in (0, 1)]
+        found.append([{key: value.item() for key, value in each.items()} for each in terms])
+    assert found[0] == found[1]
+
+
+def test_pairs_are_read_where_they_are():
+    pairs = [Pair("stages.0", "stages.1"), Pair("stages.1", "stages.3")]
+    assert an_objective("ickd", pairs).teacher_parts == ("maps.0", "maps.1")
+    assert an_objective("kd+rkd", pairs).teacher_parts == ("logits", "pooled")
+    assert an_objective("none").teacher_parts == ()
+
+
+SMALL = {"train_size": 32, "val_size": 8, "test_size": 8, "batch_size": 16}
+
+
+def new_module(cache: str | None, losses: str = "ickd+kd") -> Distiller:
+    """The same networks every time."""
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "lr": 0.02, "schedule": "constant", "teacher_cache": cache}
+    return Distiller(STUDENT, TEACHER, losses=losses, **options)
+
+
+def trained(folder: Path, cache: str | None, losses: str = "ickd+kd") -> Distiller:
+    module = new_module(cache, losses)
+    options = {"accelerator": "cpu", "progress": False, "logger": False, "limit_val_batches": 0}
+    trainer = make_trainer(folder, epochs=2, default_root_dir=folder, **options)
+    trainer.fit(module, datamodule=ImageData(**SMALL))
+    return module
+
+
+def test_training_reads_the_same_from_a_small_cache(tmp_path):
+    """Bit by bit what comes of a file with everything, and nearly what comes of the network."""
+    file = tmp_path / "all.safetensors"
+    TeacherCache.compute(new_module(None).teacher, generated(**SMALL)).write(file)
+    memory, whole, none = (
+        trained(tmp_path / str(n), cache) for n, cache in enumerate(("memory", str(file), None))
+    )
+    assert set(memory.cache.tensors) == {"logits", "maps.3"}
+    assert whole.cache.tensors.keys() == memory.cache.tensors.keys()  # no more is read of the file
+    assert len(load_file(file)) == 1 + 1 + 4 + 4
+    ours, theirs, live = (m.student.state_dict() for m in (memory, whole, none))
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key])
+        torch.testing.assert_close(value, live[key], rtol=1e-4, atol=1e-4)
+
+
+def test_without_losses_nothing_is_cached(tmp_path):
+    assert trained(tmp_path, "memory", "none").cache is None
+
+
+def test_a_file_without_what_the_losses_read(tmp_path):
+    file = tmp_path / "some.safetensors"
+    keep = ["logits", "maps.2"]
+    TeacherCache.compute(new_module(None).teacher, generated(**SMALL), keep=keep).write(file)
+    with pytest.raises(
+        UserError, match=r"without maps\.3, which the losses compare.*--keep logits,maps\.3"
+    ):
+        trained(tmp_path, str(file))
+    assert trained(tmp_path, str(file), "kd+fitnet").cache is not None

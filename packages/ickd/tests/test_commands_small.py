@@ -3,24 +3,28 @@
 import argparse
 import json
 import re
+import shlex
 import sys
 import types
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from ickd import zoo as cifar
 from ickd.commands import cost
 from ickd.commands.common import columns, open_model, open_saved
 from ickd.commands.taps import example_images, list_points
+from ickd.data import ImageData, SegmentationData
 from ickd.measure import icc_formula
 from ickd.networks import Network, open_network
 from ickd.taps import tap
 from tenfold.cli import App, Command
 from tenfold.errors import UserError
 
-NAMES = ("convert", "cost", "taps", "zoo")
+pytestmark = pytest.mark.usefixtures("uncollected_timings")
+NAMES = ("convert", "cost", "data", "taps", "zoo")
 app = App("ickd", "ickd", "", commands={n: Command(f"ickd.commands:{n}", "") for n in NAMES})
 
 
@@ -156,42 +160,22 @@ def test_bad_input_of_taps(arguments, line, capsys):
 
 # -- zoo ---------------------------------------------------------------------------------------
 
-PUBLISHED = """
-resnet8 83,892 12.5 64x8x8 -
-resnet14 181,108 26.7 64x8x8 -
-resnet20 278,324 40.8 64x8x8 69.06
-resnet32 472,756 69.1 64x8x8 71.14
-resnet44 667,188 97.4 64x8x8 -
-resnet56 861,620 125.8 64x8x8 72.34
-resnet110 1,736,564 253.2 64x8x8 74.31
-resnet8x4 1,233,540 177.1 256x8x8 72.50
-resnet32x4 7,433,860 1083.0 256x8x8 79.42
-ResNet50 23,705,252 1298.0 2048x4x4 79.34
-wrn_16_1 180,916 26.7 64x8x8 -
-wrn_16_2 703,284 101.1 128x8x8 73.26
-wrn_40_1 569,780 83.3 64x8x8 71.98
-wrn_40_2 2,255,156 327.6 128x8x8 75.61
-vgg8 3,965,028 96.2 512x4x4 70.36
-vgg11 9,277,284 209.4 512x4x4 -
-vgg13 9,462,180 284.9 512x4x4 74.64
-vgg16 14,774,436 398.2 512x4x4 -
-vgg19 20,086,692 511.4 512x4x4 -
-MobileNetV2 812,836 6.5 1280x2x2 64.60
-ShuffleV1 949,258 38.7 960x4x4 70.50
-ShuffleV2 1,355,528 44.5 1024x4x4 71.82
-"""
 
-
-def test_the_list_of_networks(capsys):
+def test_the_list_of_networks(monkeypatch, capsys):
+    rows_of_zoo = {  # a few: test_zoo knows all
+        "resnet8": ("83,892", 12.5, "64x8x8", []),
+        "resnet32x4": ("7,433,860", 1083.0, "256x8x8", ["79.42 top-1"]),
+        "vgg8": ("3,965,028", 96.2, "512x4x4", ["70.36 top-1"]),
+        "MobileNetV2": ("812,836", 6.5, "1280x2x2", ["64.60 top-1"]),
+    }
+    monkeypatch.setattr(cifar, "names", lambda: list(rows_of_zoo))
     assert run("zoo", "list") == 0
     table = rows(capsys.readouterr().out)
-    for line in PUBLISHED.split("\n")[1:-1]:
-        name, params, macs, shape, top1 = line.split(" ")
+    for name, (params, macs, shape, top1) in rows_of_zoo.items():
         found = table[f"zoo:{name}"]
-        assert [found[0], found[2], found[3]] == [params, "3x32x32", shape]
-        assert float(found[1].removesuffix(" M")) == pytest.approx(float(macs), abs=0.0501)
-        assert found[4:] == ([] if top1 == "-" else [f"{top1} top-1"])
-    assert sum(name.startswith("zoo:") for name in table) == 22
+        assert [found[0], *found[2:]] == [params, "3x32x32", shape, *top1]
+        assert float(found[1].removesuffix(" M")) == pytest.approx(macs, abs=0.0501)
+    assert sum(name.startswith("zoo:") for name in table) == len(rows_of_zoo)
     for name, params, macs, miou in [
         ("resnet101", "59,344,309", 92.8, "77.89 mIoU"),
         ("resnet18", "16,608,181", 42.7, "72.07 mIoU"),
@@ -284,7 +268,7 @@ def test_cost_of_losses_with_options_and_of_those_that_prepare(tmp_path):
     result = json.loads(file.read_text())
     (icc,) = result["icc"]
     assert (icc["name"], icc["cells"], icc["pixels"]) == ("ickd_grid", 36, [4, 4])
-    assert icc["forms"]["direct"]["bytes"] == 36 * 7 * 32 * 32 * 4
+    assert icc["forms"]["direct"]["bytes"] == 36 * 6 * 32 * 32 * 4
     assert [loss["parameters"] for loss in result["losses"]] == [0, 0]
     pair = ["--student", "zoo:resnet8", "--teacher", "zoo:resnet14", "--num-classes", 10]
     small = ["--batch", 2, "--repeats", 1, "--device", "cpu", "--out", file]
@@ -316,6 +300,39 @@ def test_bad_input_of_cost(changes, line, capsys):
     small = ["--image-size", 16, "--device", "cpu", "--losses", "kd"]
     assert run("cost", *pair, *small, *changes) == 2
     assert re.match(f"error: {line}", capsys.readouterr().err)
+
+
+# -- data --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "items", "classes"),
+    [
+        (["--classes", "coarse2"], ImageData, 2),
+        (["--task", "textured-blobs"], SegmentationData, 6),
+    ],
+)
+def test_data_is_written_once_and_read_back(tmp_path, monkeypatch, capfd, options, items, classes):
+    """By the arguments of the line of fit that is printed."""
+    monkeypatch.chdir(tmp_path)
+    counts = ["--out", "of mine", "--train", 8, "--test", 6]
+    assert run("data", *options, *counts) == 0
+    told, progress = capfd.readouterr()
+    assert "Casting" not in progress
+    assert "Creating" not in progress
+    line = told.splitlines()[-1]
+    assert line.startswith("  ickd fit --")
+    words = iter(shlex.split(line)[2:])
+    given = {name: yaml.safe_load(value) for name, value in zip(words, words, strict=True)}
+    data = {k.removeprefix("--data."): v for k, v in given.items() if k.startswith("--data.")}
+    read = items(**data)
+    read.setup("fit")
+    assert (len(read.train_dataset()), len(read.val_dataset())) == (8, 6)
+    assert read.num_classes == given.get("--classes", 6) == classes
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run("data", *options, *counts, "--train-seed", 2) == 2
+    assert "there are files already (of mine): choose another --out" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # -- convert -----------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import csv
 import importlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ from ickd import comparison
 from ickd.cache import TeacherCache
 from ickd.cli import app
 from ickd.commands import cache_teacher
-from ickd.comparison import Comparison, StepTimes, compare_losses, paired
+from ickd.comparison import StepTimes, compare_losses
 from ickd.module import Distiller, fit_recipe, load_student, make_data
+from ickd.scores import Comparison, paired
 from tenfold.errors import UserError
 from tenfold.recipes import recipe_parts
 from tenfold.runs import make_trainer
@@ -128,7 +131,9 @@ def plan(name: str, recipe: str = "cifar100", weights=None, **model: object) -> 
         ("kd", {}, {"kd": 0.9}, 0.1),  # section 4.5, where nothing is configured
         ("kd", {"kd": 1.0}, {"kd": 1.0}, 1.0),
         ("kd@1", {}, {"kd": 1.0}, 1.0),
-        ("kd_mixed", {}, {"kd_mixed": 1.0}, 0.0),
+        ("kd_mixed", {}, {"kd_mixed": 1.0}, 0.0),  # the labels are inside
+        ("kd_mixed@1", {}, {"kd_mixed": 1.0}, 0.0),
+        ("kd_mixed+ickd", {}, {"kd_mixed": 1.0, "ickd": 2.5}, 0.0),
         ("at", {}, {"at": 1000.0}, 1.0),
         ("kd+ickd", {}, {"kd": 1.0, "ickd": 2.5}, 1.0),
         ("kd+ickd@2", {"kd": 1.0}, {"kd": 1.0, "ickd": 2.0}, 1.0),
@@ -153,6 +158,41 @@ def test_a_recipes_own_weights_and_options_are_kept():
     assert plan("at", "imagenet")["model"]["ce_weight"] == 1.0
     kd = plan("kd", "cifar100-kd")["model"]
     assert (kd["losses"], kd["ce_weight"]) == ({"kd": 0.9}, 0.1)
+
+
+def test_a_recipes_weight_of_the_labels_belongs_to_its_own_losses():
+    """Others are compared as by any recipe: with 1 CE, and 1 KD beside them (section 4.5)."""
+    for name in ("ickd", "kd+ickd", "kd+at", "none"):
+        here, elsewhere = (plan(name, recipe)["model"] for recipe in ("cifar100-kd", "cifar100"))
+        assert here["losses"] == elsewhere["losses"]
+        assert here["ce_weight"] == elsewhere["ce_weight"] == 1.0
+    kept = plan("kd+at", "imagenet")["model"]["losses"]["kd"]
+    assert kept == {"weight": 1.0, "temperature": 1.0}
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 2])
+@pytest.mark.parametrize("name", ["kd", "kd@1", "kd_mixed", "ickd+kd", "at"])
+@pytest.mark.parametrize("recipe", ["cifar100", "cifar100-kd", "imagenet"])
+def test_a_weight_of_the_labels_that_is_asked_for_is_that_of_every_row(recipe, name, ce_weight):
+    assert plan(name, recipe, ce_weight=ce_weight)["model"]["ce_weight"] == ce_weight
+
+
+def test_the_student_alone_needs_labels():
+    assert plan("none", ce_weight=0.5)["model"]["ce_weight"] == 0.5
+    with pytest.raises(UserError, match=r"\(none\) has nothing to learn from: leave none out"):
+        plan("none", ce_weight=0.0)
+    for wrong in (-1, math.nan, "much"):
+        with pytest.raises(UserError, match="ce_weight must be 0 or more"):
+            plan("kd", ce_weight=wrong)
+
+
+def test_a_short_run_is_known_to_be_short(tmp_path):
+    """A loss that warms up does so in the task's epochs, not in those that prepare it."""
+    losses = {"ab": None, "dkd": None}
+    model = {"losses": losses, "init_epochs": 1, "teacher_recipe": None, "teacher_cache": None}
+    options = {"data": SMALL, "epochs": 3, "progress": False, "accelerator": "cpu"}
+    module, _ = fit_recipe("demo", tmp_path, model=model, **options)
+    assert module.objective.task_epochs == 2
 
 
 @pytest.mark.parametrize(
@@ -261,6 +301,7 @@ def test_losses_and_seeds_can_be_added(out, runs):
         ({"model": {"lr": 0.1}}, "another model"),
         ({"weights": {"kd": 3.0}}, "results of kd with other weights"),
         ({"teacher_per_seed": True}, "another teacher_per_seed"),
+        ({"split": "val"}, "another split: test, not val"),
     ],
 )
 def test_other_settings_are_refused(out, runs, options, message):
@@ -383,6 +424,39 @@ def test_the_time_of_a_step_leaves_the_first_out():
     assert clock.median == 2.0
 
 
+def test_the_clock_waits_for_the_device(monkeypatch):
+    """Work that a GPU was handed before a step is not of this step, and its own is."""
+    now, work = [0.0], [5.0]  # the time, and what is queued
+
+    def wait(device: str) -> None:
+        assert device == "cuda:1"
+        now[0] += work[0]
+        work[0] = 0.0
+
+    monkeypatch.setattr(comparison, "synchronize", wait)
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: now[0])
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cuda:1"))
+    clock = StepTimes()
+    clock.on_train_batch_start(trainer, None, None, 0)
+    work[0] = 3.0
+    clock.on_train_batch_end(trainer, None, None, None, 0)
+    assert clock.seconds == [3.0]
+
+
+@pytest.mark.usefixtures("unsaved_pictures")
+@pytest.mark.parametrize(("load", "busy"), [(0.0, False), (999.0, True)])
+def test_times_from_a_busy_machine_are_marked(tmp_path, monkeypatch, capsys, load, busy):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    small("demo", ["none"], tmp_path, seeds=(0,))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    found = small("demo", ["none"], tmp_path, seeds=(0,))  # which trains nothing
+    compare.tell(found, tmp_path, "compare")
+    note = "the machine was busy with other work: times of steps are not to be relied on"
+    assert (note in capsys.readouterr().out) is busy
+    assert (note in (tmp_path / "compare.md").read_text()) is busy
+
+
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_costs_that_nobody_measured_are_left_open(out):
     """As of a run that was finished, but killed before it was noted."""
     content = json.loads((out / "results.json").read_text())
@@ -434,19 +508,65 @@ def test_compare_from_the_command_line(out, capsys):
     assert set(lines[1]) <= set("| -")
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| none", "| kd", "| ickd"]
     assert lines[6].startswith("students start from scratch; teacher: ")
+    assert "the teacher's pass is not in their time (ickd cost)" in lines[8]
+    assert lines[8] in told
     with (out / "compare.csv").open() as file:
         table = list(csv.DictReader(file))
     keys = [f"{row['losses']}/{row['seed']}" for row in table]
     assert keys == [f"{name}/{seed}" for name in names for seed in (0, 1)]
     for key, row in zip(keys, table, strict=True):
         assert float(row["score"]) == pytest.approx(runs[key]["score"], abs=1e-4)
-        assert float(row["seconds"]) == runs[key]["seconds"]
-        assert float(row["bytes"]) == runs[key]["bytes"]
+        for column in ("seconds", "bytes"):  # without the digits that are noise
+            assert float(row[column]) == pytest.approx(runs[key][column], rel=1e-5)
+            assert len(row[column].strip("0.").replace(".", "")) <= 6
+    check_differences(table, scores)
     for name in ("compare", "compare-time", "compare-memory"):
         assert is_picture(out / f"{name}.png")
         assert str(out / f"{name}.png") in told
 
 
+def check_differences(table: list[dict[str, str]], scores: np.ndarray) -> None:
+    """Those of the rows none, kd, ickd of two seeds each, in the columns of a CSV file."""
+    ends = ("", "_mean", "_low", "_high")
+    for other, column in enumerate(("none", "kd")):
+        for row, (own, seed) in zip(table, np.ndindex(3, 2), strict=True):
+            found = [row[f"diff_to_{column}{end}"] for end in ends]
+            if own == other:
+                assert found == [""] * 4
+                continue
+            apart = scores[own] - scores[other]
+            interval = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
+            wanted = [apart[seed], apart.mean(), interval.low, interval.high]
+            np.testing.assert_allclose([float(value) for value in found], wanted, atol=6e-5)
+
+
+@pytest.mark.usefixtures("unsaved_pictures")
+def test_both_demos_run_in_one_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = {"teacher_size": 24, "val_size": 16, "test_size": 16, "batch_size": 8}
+    for argv, count in (
+        (["--losses=ickd"], 80),
+        (["--task=textured-blobs", "--losses=ickd_grid:6x6"], 16),  # too few steps to be logged
+    ):
+        given = f"--data={json.dumps({**data, 'train_size': count})}"
+        assert app.main(["demo", *argv, given, "--seeds=1", "--epochs=1"]) == 0
+    told = capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ickd-demo", "ickd-demo-blobs"]
+    for folder, pictures in (
+        ("ickd-demo", {"demo", "icc", "training"}),
+        ("ickd-demo-blobs", {"demo", "icc", "grids", "masks"}),
+    ):
+        drawn = {path.stem for path in Path(folder).glob("*.png")}
+        assert drawn == pictures | {"demo-time", "demo-memory"}
+        assert f"{folder}/icc.png" in told
+        numbers = json.loads(Path(folder, "demo.json").read_text())
+        runs = json.loads(Path(folder, "results.json").read_text())["runs"]
+        assert {key: run["score"] for key, run in runs.items() if "teacher" not in key} == {
+            f"{name}/0": scores[0] for name, scores in numbers["scores"].items()
+        }
+
+
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_compare_names_teacher_and_student(tmp_path, monkeypatch):
     given: dict[str, object] = {}
 
@@ -470,12 +590,20 @@ def test_a_single_seed_and_a_single_loss_are_drawn_too(tmp_path, capsys):
     found = Comparison({"kd": [50.0]}, {"kd": 0.1}, math.nan, "top-1", {}, {"kd": 2048.0})
     compare.tell(found, tmp_path, "compare")
     told = capsys.readouterr().out
-    assert "teacher" not in told
+    assert "teacher" not in told  # nor that its features were cached
+    assert "busy" not in told
     assert "100.0 ms" in told
     assert "2.0 KiB" in told
     assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["compare.png"]
+    scores = {"none": [40.0], "kd": [50.0]}
+    compare.tell(Comparison(scores, dict.fromkeys(scores, 0.1), 9.0, "top-1"), tmp_path, "two")
+    with (tmp_path / "two.csv").open() as file:
+        _, kd = csv.DictReader(file)
+    assert (kd["diff_to_none"], kd["diff_to_none_mean"]) == ("10.0000", "10.0000")
+    assert kd["diff_to_none_low"] == kd["diff_to_none_high"] == ""
 
 
+@pytest.mark.usefixtures("unsaved_pictures")
 def test_sweep_from_the_command_line(tmp_path, finished, capsys):
     file = str(finished / "teacher-0" / LAST)
     argv = ["sweep", "--beta=0.5,4", "--loss=kd+ickd", "--seeds=1", f"--teacher-ckpt={file}"]
@@ -489,6 +617,35 @@ def test_sweep_from_the_command_line(tmp_path, finished, capsys):
     assert {path.name for path in tmp_path.glob("sweep*")} >= {"sweep.md", "sweep.csv", "sweep.png"}
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert set(runs) == {"none/0", "kd+ickd@0.5/0", "kd+ickd@4/0"}
+    # a weight is chosen by the validation images, whose score here is Lightning's
+    module = Distiller.load_from_checkpoint(tmp_path / "kd+ickd@4/0" / LAST)
+    trainer = make_trainer(tmp_path, epochs=1, accelerator="cpu", progress=False, logger=False)
+    [found] = trainer.validate(module, datamodule=make_data("demo", SMALL), verbose=False)
+    assert runs["kd+ickd@4/0"]["score"] == pytest.approx(100 * found["val/top1"], rel=1e-6)
+    assert "| losses | validation top-1, % |" in (tmp_path / "sweep.md").read_text()
+    assert "test images" not in told
+
+
+@pytest.mark.usefixtures("unsaved_pictures")
+def test_sweep_tells_where_it_has_no_images_to_choose_by(tmp_path, finished, capsys):
+    random = np.random.default_rng(0)
+    for split, kind, count in (("train", "abc", 8), ("val", "abc", 2)):
+        for name, n in ((name, n) for name in kind for n in range(count)):
+            file = tmp_path / "images" / split / name / f"{n}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(file)
+    data = {"source": "imagefolder", "root": str(tmp_path / "images"), "image_size": 16}
+    data |= {"batch_size": 8}
+    argv = ["sweep", "--beta=1", "--seeds=1", "--epochs=1", "--accelerator=cpu"]
+    argv += [f"--teacher-ckpt={finished / 'teacher-0' / LAST}", '--model={"ce_weight": 0}']
+    note = "the data have no validation images of their own: scores are of test images"
+    for given, alone in ((data, True), (data | {"val_split": 0.25}, False)):
+        out = tmp_path / str(alone)
+        assert app.main([*argv, f"--data={json.dumps(given)}", f"--out={out}"]) == 0
+        text = (out / "sweep.md").read_text()
+        assert (note in text) is (note in capsys.readouterr().out) is alone
+        assert f"{'test' if alone else 'validation'} top-1" in text
+        assert [*json.loads((out / "results.json").read_text())["runs"]] == ["ickd@1/0"]
 
 
 @pytest.mark.parametrize(

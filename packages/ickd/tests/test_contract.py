@@ -47,6 +47,7 @@ class TestContract(PackageContract):
         "voc-mobilenet": 5_816_053,
         "voc-teacher": 59_344_309,
     }
+    steps = 15
     fit_options = (
         "--data.train_size=64",
         "--data.teacher_size=64",
@@ -126,7 +127,7 @@ class TestContract(PackageContract):
         )
 
     def data(self) -> ImageData:
-        return ImageData(batch_size=8, train_size=32, val_size=8, test_size=16)
+        return ImageData(batch_size=8, train_size=24, val_size=8, test_size=16)
 
     def exported(self) -> tuple[nn.Module, tuple[torch.Tensor]]:
         return self.distiller().student.eval(), (torch.rand(2, 3, 16, 16),)

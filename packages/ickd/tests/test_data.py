@@ -1,8 +1,11 @@
 """Images of every source, in batches that are functions of their keys; every kind of bad input."""
 
+import hashlib
 import itertools
 import os
 import pickle
+import shutil
+import tempfile
 from argparse import ArgumentError
 from pathlib import Path
 
@@ -13,10 +16,12 @@ from jsonargparse import ArgumentParser
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ickd.data import Batch, ImageData, write_parquet
+from ickd.data import Batch, ImageData, offenders, write_parquet
 from ickd.data import module as data_module
+from ickd.data.contents import content_hash
 from ickd.data.module import balanced
 from ickd.data.pixels import PixelItems, Pixels, crop_and_flip, draw_crops
+from ickd.module import fit_recipe
 from ickd.synthetic import bound_gratings, grating_class_names
 from tenfold.data import Draw
 from tenfold.errors import UserError
@@ -284,15 +289,14 @@ def test_random_parts_of_a_photograph(folders):
     assert images.mean((1, 2)).std() > 0.1
 
 
-@pytest.mark.parametrize("size", [24, 80])
-def test_images_in_memory_are_those_of_the_files(folders, size):
+@pytest.mark.parametrize(("size", "workers"), [(24, 2), (80, 0)])
+def test_images_in_memory_are_those_of_the_files(folders, size, workers):
     """Bit for bit, also where the centre is cropped, and whoever decodes them."""
     files = folder_data(folders, image_size=size)
-    for workers in (0, 2):
-        memory = folder_data(folders, image_size=size, in_memory=True, workers=workers)
-        for split in ("test_dataloader", "still_loader"):
-            ours, theirs = (joined(getattr(data, split)()) for data in (memory, files))
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    memory = folder_data(folders, image_size=size, in_memory=True, workers=workers)
+    for split in ("test_dataloader", "still_loader"):
+        ours, theirs = (joined(getattr(data, split)()) for data in (memory, files))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert isinstance(memory.test_dataset(), PixelItems)
 
 
@@ -398,21 +402,79 @@ def test_the_still_loader_has_the_whole_training_split_in_order(cifar100):
         made("cifar100", cifar100, on_bad_item="skip").still_loader()
 
 
-def test_a_fingerprint_tells_other_training_images(folders):
-    def told(**options: object) -> dict:
-        return folder_data(folders, **options).fingerprint()
+def test_a_fingerprint_tells_other_training_images(folders, tmp_path_factory):
+    def told(root: Path = folders, **options: object) -> dict:
+        return folder_data(root, **options).fingerprint()
 
     first = told()
     assert first == told(in_memory=True) == told(batch_size=2, seed=3, subset=2)
     assert first != told(image_size=33)
+    assert told(image_size=65) != told(image_size=65, crop_pct=0.9)
+    copy = shutil.copytree(folders, tmp_path_factory.mktemp("elsewhere") / "copy")
+    assert first == told(copy)  # files keep their times
     photo(77).save(folders / "validation" / "ant" / "0.png")
     assert first == told()
     photo(77).save(folders / "train" / "ant" / "0.png")
-    assert first["pixels"] != told()["pixels"]
+    assert first["images"] != told()["images"]
     (folders / "train" / "ant" / "1.png").rename(folders / "train" / "bee" / "00.png")
     assert first["labels"] != told()["labels"]
     generated = [made("generated", part=part, teacher_size=800) for part in ("student", "teacher")]
-    assert generated[0].fingerprint() != generated[1].fingerprint()
+    assert generated[0].fingerprint()["images"] != generated[1].fingerprint()["images"]
+
+
+def test_every_image_counts_in_a_fingerprint(tmp_path):
+    """Of many images too, in each kind of source; the same again of the same images."""
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 3, 32, 32), dtype=np.uint8)
+    labels = torch.arange(600) % 2
+    changed, one = pixels.copy(), pixels.copy()
+    changed[1::2] = 255 - changed[1::2]
+    one[17, 2, 31, 31] ^= 1
+
+    def of_cifar(images: np.ndarray) -> str:
+        folder = tmp_path / "cifar-100-python"
+        folder.mkdir(exist_ok=True)
+        content = {b"data": images.reshape(600, -1), b"fine_labels": labels.tolist()}
+        for split in ("train", "test"):
+            (folder / split).write_bytes(pickle.dumps(content, protocol=2))
+        (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"a", b"b"]}))
+        return made("cifar100", tmp_path).fingerprint()["images"]
+
+    def of_parquet(images: np.ndarray) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        splits = dict.fromkeys(("train", "test"), (torch.from_numpy(images[:20]), labels[:20]))
+        write_parquet(splits, folder, ("a", "b"))
+        return made("parquet", folder, image_size=32).fingerprint()["images"]
+
+    for told in (of_cifar, of_parquet):
+        assert len({told(images) for images in (pixels, changed, one)}) == 3
+        assert told(pixels) == told(pixels.copy())
+    rows = pixels.transpose(0, 2, 3, 1)
+    assert of_cifar(pixels) == hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+
+
+def test_a_fingerprint_of_files_knows_size_time_and_place(tmp_path):
+    def told() -> str:
+        return content_hash([file, {"bytes": None, "path": str(other)}], tmp_path)
+
+    def write(path: Path, content: bytes = b"1234", nanoseconds: int = 10**9) -> None:
+        path.write_bytes(content)
+        os.utime(path, ns=(0, nanoseconds))
+
+    file, other = tmp_path / "a.png", tmp_path / "b.png"
+    write(file)
+    write(other)
+    first = told()
+    facts = b"a.png\x004\x001000000000\nb.png\x004\x001000000000\n"
+    assert first == hashlib.sha256(facts).hexdigest()[:16]
+    write(other, nanoseconds=10**9 + 1000)
+    assert told() != first
+    write(other, b"12345")
+    assert told() != first
+    write(other)
+    assert told() == first
+    other.unlink()
+    with pytest.raises(UserError, match=r"cannot read the image: No such file .*b\.png"):
+        told()
 
 
 # ---- without labels
@@ -485,6 +547,52 @@ def test_unreadable_images_are_named_or_counted(folders, damage, in_memory, capl
     batch = next(iter(data.train_dataloader()))
     assert 4 not in batch.index.tolist()
     assert torch.equal(batch.label, data.train_labels()[batch.index])
+
+
+def truncate(*files: Path) -> None:
+    for file in files:
+        file.write_bytes(file.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(("in_memory", "workers"), [(False, 0), (False, 2), (True, 0)])
+def test_all_unreadable_images_are_named_at_once(folders, in_memory, workers):
+    bad = ["ant/2.png", "bee/0.png", "bee/1.png"]
+    truncate(*(folders / "train" / name for name in bad))
+    data = folder_data(folders, in_memory=in_memory, workers=workers, batch_size=2)
+    with pytest.raises(UserError, match=r"^3 unusable of 6 items: cannot read the") as told:
+        list(data.train_dataloader())
+    line = str(told.value)
+    assert all(name in line for name in bad)
+    assert line.count(".png") == 3
+    assert line.endswith("leave such items out with --data.on_bad_item skip")
+    assert len(joined(data.test_dataloader()).label) == 6
+
+
+def test_at_most_ten_unreadable_images_are_named(folders):
+    for n in range(100, 112):
+        (folders / "train" / "ant" / f"{n}.png").write_bytes(b"no image")
+    data = folder_data(folders, batch_size=18)
+    with pytest.raises(UserError, match=r"^the first 10 unusable of 18 items: ") as told:
+        list(data.train_dataloader())
+    assert str(told.value).count(".png") == 10
+
+
+def test_only_images_that_are_used_are_looked_at(folders):
+    data = folder_data(folders, subset=3, batch_size=1)
+    kept = data.train_dataset().indices
+    files = sorted((folders / "train").rglob("*.png"))
+    truncate(*files)
+    with pytest.raises(UserError, match=r"^3 unusable of 3 items: ") as told:
+        list(data.train_dataloader())
+    assert all((str(file) in str(told.value)) is (n in kept) for n, file in enumerate(files))
+
+
+def test_looking_for_unreadable_images_has_an_end(folders, monkeypatch):
+    monkeypatch.setattr(offenders, "_LONGEST", -1.0)
+    truncate(folders / "train" / "bee" / "2.png", folders / "train" / "bee" / "1.png")
+    items = "1 unusable of 6 items, of which 1 were read: cannot read the image"
+    with pytest.raises(UserError, match=f"^{items}"):
+        list(folder_data(folders, batch_size=1).train_dataloader())
 
 
 def test_a_split_of_which_nothing_can_be_read(folders):
@@ -591,6 +699,19 @@ def test_statistics_of_the_sources(folders):
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(data.mean, abs=0.01)
     values = (pixels - 0.5) / torch.tensor(data.std).view(3, 1, 1)
     assert 0.5 < float(values.std()) < 2  # of the order of the generator's own values
+
+
+@pytest.mark.parametrize("recipe", ["cifar10-cpu", "cifar10-cpu-teacher"])
+def test_the_recipes_data_and_networks_agree_on_the_normalisation(recipe, tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
+    splits = dict.fromkeys(("train", "test"), (torch.from_numpy(noise), torch.arange(64) % 10))
+    write_parquet(splits, tmp_path / "images", [str(k) for k in range(10)])
+    options = {"epochs": 1, "progress": False, "accelerator": "cpu"}
+    data = {"root": str(tmp_path / "images"), "batch_size": 32}
+    module, images = fit_recipe(recipe, tmp_path / "run", data=data, **options)
+    assert "normalises by" not in caplog.text
+    for network in (module.student, module.teacher):
+        assert network is None or (images.mean, images.std) == network.expects[:2]
 
 
 def test_the_command_line_knows_the_options():

@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -346,6 +347,16 @@ def test_weights_are_read_when_a_run_begins_and_not_before(tmp_path):
         fit(distiller(teacher_ckpt=str(path)), tmp_path / "other")
 
 
+def test_a_run_says_what_its_student_started_from(tmp_path, monkeypatch):
+    path, _ = trained_file(tmp_path, STUDENT)
+    told: list[str] = []
+    monkeypatch.setattr("ickd.module.distiller.rank_zero_info", told.append)
+    for folder, given in ("file", {"student_ckpt": str(path)}), ("random", {}):
+        fit(distiller(**given), tmp_path / folder, limit_train_batches=1)
+    starts = [str(path), "random weights"]
+    assert told == [f"fit: the student {STUDENT} started from {start}" for start in starts]
+
+
 def test_the_student_starts_from_its_file(tmp_path):
     path, state = trained_file(tmp_path, STUDENT)
     module = distiller(student_ckpt=str(path), lr=1e-12, weight_decay=0.0)
@@ -375,8 +386,13 @@ def test_published_weights_out_of_reach_are_told_in_a_line(tmp_path, monkeypatch
     monkeypatch.setattr(_api, "load_state_dict_from_url", unreachable)
     module = distiller("torchvision:mobilenet_v3_small", None, losses=None)
     module.hparams["student_init"] = "pretrained"
-    with pytest.raises(UserError, match=r"no pretrained weights: .*not known.*give a file"):
+    way = r"--model\.student_ckpt FILE or --model\.student_init scratch"
+    with pytest.raises(UserError, match=rf"no pretrained weights: .*not known.*{way}"):
         fit(module, tmp_path)
+    path, state = trained_file(tmp_path, "torchvision:mobilenet_v3_small", num_classes=3)
+    module.hparams["student_ckpt"] = str(path)  # a file needs no download
+    fit(module, tmp_path, limit_train_batches=0)
+    assert same(module.student.net, state)
 
 
 def test_published_weights_fill_all_but_another_classifier(tmp_path, monkeypatch):
@@ -524,7 +540,9 @@ def test_a_folded_teacher_says_nearly_the_same(tmp_path, plain):
     assert differences(module.state_dict(), plain, 1e-3) == ""
 
 
-def test_a_compiled_teacher_says_the_same(tmp_path, plain):
+def test_a_compiled_teacher_says_the_same(tmp_path, plain, monkeypatch):
+    eager = partial(CompiledNetwork, backend="eager")  # the usual one takes long to import
+    monkeypatch.setattr("ickd.module.distiller.CompiledNetwork", eager)
     module = distiller(losses=LOSSES, compile_teacher=True)
     with torch.compiler.set_stance("force_eager"):  # test_compiling.py compiles
         fit(module, tmp_path, epochs=2)
@@ -577,7 +595,7 @@ def test_labels_and_indices_reach_crd(tmp_path):
     loss.register_forward_pre_hook(lambda _, given: rows.append(given[2].clone()))
     start = loss.contrast.memory_v1.clone()
     fit(module, tmp_path, data=data, limit_train_batches=1)
-    [index] = rows
+    _, index = rows  # of the step, behind a rehearsal
     [batch, _] = images_of(data)
     assert torch.equal(index, batch.index)
     changed = (loss.contrast.memory_v1 != start).any(1).nonzero().flatten()

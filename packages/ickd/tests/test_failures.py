@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ickd.cache import TeacherCache
 from ickd.data import ImageData, write_parquet
 from ickd.module import Distiller
-from ickd.module.checks import warn_of_dead_channels, warn_of_score
+from ickd.module.checks import warn_of_dead_channels, warn_of_score, warn_of_teacher
 from ickd.networks import open_network
 from ickd.synthetic import bound_gratings, grating_class_names
 from tenfold.distillation import Taps
@@ -163,7 +163,7 @@ def test_maps_of_other_sizes_are_compared(tmp_path, name):
 def test_fsp_needs_equal_widths(tmp_path):
     module = distiller(Net(4, 8), Net(4, 12), pairs=PAIRS, losses="fsp", init_epochs=1)
     with pytest.raises(
-        UserError, match=r"channels.*student \(8, 8, 4, 4\), teacher \(8, 12, 4, 4\)"
+        UserError, match=r"channels.*student \(2, 8, 4, 4\), teacher \(2, 12, 4, 4\)"
     ):
         fit(module, tmp_path, epochs=2)
 
@@ -258,10 +258,10 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     ("student", "teacher", "message"),
     [
         (10, 4, None),
-        (4, 10, "the teacher (accuracy 0.583) is not better than the student (0.833): wrong"),
-        (4, 4, "the teacher (accuracy 0.833) is not better than the student (0.833): wrong"),
-        (0, 16, "the teacher is at chance (accuracy 0.333): wrong checkpoint"),
-        (20, 16, "the teacher is at chance (accuracy 0.333): wrong checkpoint"),
+        (4, 10, "the teacher (accuracy 0.583) is not better than the student (0.833): untrained,"),
+        (4, 4, "the teacher (accuracy 0.833) is not better than the student (0.833): untrained,"),
+        (0, 16, "the teacher is at chance (accuracy 0.333): untrained, or wrong"),
+        (20, 16, "the teacher is at chance (accuracy 0.333): untrained, or wrong"),
     ],
 )
 def test_a_teacher_is_judged_once(tmp_path, caplog, student, teacher, message):
@@ -340,14 +340,20 @@ def test_others_are_not(tmp_path, caplog, source):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, False),  # test_resnet wants (0.5, 0.5, 0.5) of both
+        ({}, False),
         ({"mean": [0.5, 0.5, 0.45]}, True),
         ({"std": [0.25, 0.5, 0.5]}, True),
         ({"std": [0.50001, 0.5, 0.5]}, False),
     ],
 )
-def test_a_teacher_that_normalises_unlike_the_data_is_told(tmp_path, caplog, changes, told):
+def test_which_teachers_normalise_unlike_the_data(caplog, changes, told):
     half = [0.5, 0.5, 0.5]
+    teacher, data = open_network(TEACHER, mean=half, std=half), {"mean": half, "std": half}
+    warn_of_teacher(teacher, teacher, images(**{**data, **changes}), trained=True)
+    assert len(warnings_of(caplog)) == told
+
+
+def test_a_teacher_that_normalises_unlike_the_data_is_told(tmp_path, caplog):
     torch.save(open_network("timm:test_resnet").net.state_dict(), tmp_path / "teacher.pth")
     module = distiller(
         teacher="timm:test_resnet",
@@ -355,13 +361,11 @@ def test_a_teacher_that_normalises_unlike_the_data_is_told(tmp_path, caplog, cha
         teacher_ckpt=str(tmp_path / "teacher.pth"),
         losses="ickd",
     )
-    data = images(**{"mean": half, "std": half, **changes})
+    data = images(mean=[0.5, 0.5, 0.45], std=[0.5, 0.5, 0.5])
     fit(module, tmp_path / "run", data, epochs=2, limit_train_batches=1)
-    lines = warnings_of(caplog)
-    assert len(lines) == told
-    for line in lines:
-        assert "timm:test_resnet normalises by mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5)" in line
-        assert f"the data's are {data.mean} and {data.std}" in line
+    (line,) = warnings_of(caplog)
+    assert "timm:test_resnet normalises by mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5)" in line
+    assert f"the data's are {data.mean} and {data.std}" in line
 
 
 # ---- dead channels
@@ -473,10 +477,10 @@ def test_a_step_in_bfloat16_takes_the_losses_in_full(tmp_path):
             lambda _, given, out, rows=rows: rows.append((*given, out))
         )
     fit(module, tmp_path, precision="bf16-mixed", limit_train_batches=1)
-    [(student, teacher, found)] = seen["ickd"]
+    *_, (student, teacher, found) = seen["ickd"]  # of the step, behind a rehearsal
     assert student.dtype == teacher.dtype == torch.bfloat16
     assert found.item() == pytest.approx(icc_by_hand(student.detach(), teacher), rel=1e-5)
-    [(ours, theirs, found)] = seen["kd"]
+    *_, (ours, theirs, found) = seen["kd"]
     s, t = (z.detach().double().numpy() / 4 for z in (ours, theirs))
     log_s, log_t = (z - np.log(np.exp(z).sum(1, keepdims=True)) for z in (s, t))
     wanted = 16 * (np.exp(log_t) * (log_t - log_s)).sum(1).mean()

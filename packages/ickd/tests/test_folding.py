@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from ickd.folding import fold
 from ickd.networks import Input, Network, open_network
@@ -17,14 +18,14 @@ NETWORKS = {
     "embedded:gratings-teacher": {},
     "embedded:gratings-student": {},
     "embedded:blobs-teacher": {},
-    "deeplab:resnet18": {},
-    "deeplab:mobilenet_v2": {},
-    "timm:resnet18": {"image_size": 64},
-    "timm:test_resnet": {"image_size": 64},
+    "deeplab:resnet18": {"image_size": 33},
+    "deeplab:mobilenet_v2": {"image_size": 33},
+    "timm:resnet18": {"image_size": 32},
+    "timm:test_resnet": {"image_size": 32},
     # norms of timm that end in an activation
-    "timm:mobilenetv3_small_050": {"image_size": 64},
-    "timm:test_efficientnet": {"image_size": 64},
-    "torchvision:shufflenet_v2_x0_5": {"image_size": 64},
+    "timm:mobilenetv3_small_050": {"image_size": 32},
+    "timm:test_efficientnet": {"image_size": 32},
+    "torchvision:shufflenet_v2_x0_5": {"image_size": 32},
 }
 KEPT = {"zoo:wrn_16_1": 7}
 """Batch norms in front of convolutions stay: the first of six blocks, and the last of all."""
@@ -254,6 +255,57 @@ def test_what_can_be_folded_is():
     folded = fold(network)
     assert isinstance(folded.net.a.norm, nn.BatchNorm2d)
     assert isinstance(folded.net.b.norm, nn.Identity)
+    assert_agree(network, folded)
+
+
+def test_what_is_not_folded_is_told(caplog):
+    fold(network_of(Conv()))
+    assert not caplog.records
+    for kind, told in ((ReadTwice, "1 of 1"), (MoreThanANorm, "1 of 1"), (TwoBlocks, "1 of 2")):
+        tap = "a.stem" if kind is TwoBlocks else "stem"
+        fold(network_of(kind(), (tap,)))
+        assert caplog.messages[-1].startswith(f"{kind.__name__}: {told} batch norms are not folded")
+    assert len(caplog.records) == 3
+
+
+def test_convolutions_of_few_digits_are_folded_too(monkeypatch, caplog):
+    """As on CUDA, where torch lets convolutions round to TF32 unless it is told not to."""
+    exact = nn.Conv2d._conv_forward
+
+    def rounding(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if cudnn.conv.fp32_precision != "ieee":
+            x, weight = x.bfloat16().float(), weight.bfloat16().float()
+        return exact(self, x, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", rounding)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    network = trained(open_network("zoo:resnet8"))
+    for tf32 in (True, False):
+        monkeypatch.setattr(cudnn, "allow_tf32", tf32)
+        before = flags()
+        folded = fold(network)
+        assert flags() == before
+        assert norms(folded) == 0
+    assert not caplog.records
+    x = pixels(network)
+    apart = (folded(x) - network(x)).abs().max() / network(x).abs().max()
+    assert apart > 1e-3  # what rounding alone does
+
+
+def flags() -> list[object]:
+    found = [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32]
+    return [*found, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision]
+
+
+def test_synchronised_norms_are_folded():
+    network = trained(open_network("zoo:resnet8"))
+    expected = fold(network)
+    several = copy.deepcopy(network)
+    several.net = nn.SyncBatchNorm.convert_sync_batchnorm(several.net)
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in several.modules()) == norms(network)
+    folded = fold(several)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in folded.modules())
+    assert_agree(expected, folded, 0)
     assert_agree(network, folded)
 
 

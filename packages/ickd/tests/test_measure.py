@@ -27,6 +27,7 @@ from ickd.networks import Input, Network, open_network
 from tenfold.distillation import ICCLoss, KnowledgeDistillation, Taps
 
 B = 4
+pytestmark = pytest.mark.usefixtures("uncollected_timings")
 
 
 def only(loss: nn.Module, student: torch.Tensor, teacher: torch.Tensor) -> tuple[Term, Taps, Taps]:
@@ -190,10 +191,9 @@ def test_the_formula_gives_the_figures_of_the_zoo():
     ]:
         counted, size = icc_formula(channels, (pixels, pixels), low_memory=False)
         assert round(counted / 1e6) == macs
-        # the section counts about six matrices, this package's backward pass holds seven
-        assert size / 7 * 6 / 1e6 == pytest.approx(megabytes, rel=0.06)
+        assert size / 1e6 == pytest.approx(megabytes, rel=0.06)
     direct, low = (icc_formula(2048, (16, 16), low_memory=form)[1] for form in (False, True))
-    assert direct / low > 200
+    assert direct / low > 150
 
 
 def test_both_forms_are_compared_on_the_maps():

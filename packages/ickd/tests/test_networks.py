@@ -13,8 +13,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from ickd import hub, zoo
+from ickd.compiling import CompiledNetwork
 from ickd.hub import from_pretrained, save_pretrained
 from ickd.model.deeplab import create_deeplab
 from ickd.model.embedded import EMBEDDED
@@ -246,6 +248,44 @@ def test_two_networks_see_the_same_pixels_differently():
     assert not [key for key in student.state_dict() if not key.startswith("net.")]
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (20, 48)])
+def test_logits_of_pixels_have_the_size_of_the_pixels(shape, monkeypatch):
+    network = lively(open_network("embedded:blobs-student", image_size=32))
+    x = torch.rand(2, 3, *shape)
+    inside = network.net(network.prepare(x))
+    assert inside.shape == (2, 6, 32, 32)
+    wanted = F.interpolate(inside, shape, mode="bilinear", align_corners=True)
+    corners = torch.tensor([0, -1])
+    assert torch.equal(wanted[..., corners, :][..., corners], inside[..., corners, :][..., corners])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for each in (network, CompiledNetwork(network)):
+        taps = each.taps(x)
+        assert torch.equal(taps.logits, wanted)
+        assert torch.equal(each(x), wanted)
+        assert [m.shape[2] for m in taps.maps] == [32, 16, 16]  # features stay as they are
+
+
+def test_segmenters_at_their_own_resolutions_learn_from_each_other():
+    module = Distiller(
+        "embedded:blobs-student",
+        "embedded:blobs-teacher",
+        losses={"kd": 1.0, "ickd": 1.0},
+        student_options={"image_size": 32},
+        teacher_options={"image_size": 48},
+    )
+    before = copy.deepcopy(module.student.state_dict())
+    masks = torch.arange(2 * 24 * 24).view(2, 24, 24) % 6
+    loader = DataLoader(TensorDataset(pixels(2, 24), masks), batch_size=2)
+    trainer = Trainer(
+        accelerator="cpu", fast_dev_run=True, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert 0 <= trainer.callback_metrics["val/miou"] <= 1
+    after = module.student.state_dict()
+    assert any(not torch.equal(value, after[key]) for key, value in before.items())
+
+
 # ----------------------------------------------------------------------- what a network tells
 
 
@@ -319,6 +359,38 @@ def test_a_tap_that_fails_leaves_no_hook():
     network = open_network("timm:test_resnet", taps=["fc"], image_size=32)
     with pytest.raises(UserError, match=r"tap 'fc' gives \(2, 1000\), not a map"):
         network.taps(pixels())
+    assert not [m for m in network.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+class Odd(nn.Module):
+    """A module that does not run, and outputs of any kind."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.conv, self.idle = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> object:
+        return self.wrap(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "tap", "message"),
+    [
+        (lambda x: x, "idle", "tap 'idle' of Odd does not run with the network: see ickd taps"),
+        (lambda x: {"out": x}, "conv", "Odd returns a dict, not logits: wrap the network so"),
+        (lambda x: (x, x), "conv", "Odd returns a tuple, not logits: wrap the network so"),
+    ],
+)
+def test_networks_that_do_something_else(wrap, tap, message):
+    network = Network(Odd(wrap), tap_names=[tap])
+    for run in (network.taps, lambda _: Distiller(network, num_classes=4)):
+        with pytest.raises(UserError, match=message) as caught:
+            run(pixels())
+        assert "\n" not in str(caught.value)
+    if tap == "conv":
+        with pytest.raises(UserError, match=message):
+            network(pixels())
     assert not [m for m in network.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 

@@ -1,5 +1,6 @@
 """The objective: its terms by hand, unlabelled and dense batches, and the epochs of preparation."""
 
+import copy
 import itertools
 import signal
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor
 
 from ickd.data import ImageData
 from ickd.module import Distiller
+from ickd.module.checks import check_strategy
 from ickd.module.objective import LossChoice, Objective, Pair, parse_losses, usual_ce_weight
 from tenfold.comparing import differences
 from tenfold.distillation import Taps, available_losses, loss_class
@@ -88,7 +90,7 @@ def test_names_alone_have_the_losses_default_weights(name):
     [choice] = parse_losses(name)
     loss = loss_class(name)
     weight = 1.0 if loss.stage == "init" else loss.default_weight  # that acts alone, unweighted
-    assert (choice.name, choice.weight, choice.warmup) == (name, weight, 0)
+    assert (choice.name, choice.weight, choice.warmup) == (name, weight, None)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,9 @@ def test_names_alone_have_the_losses_default_weights(name):
         ({"kd": None}, 0.1),
         ({"kd": 1.0}, 1.0),
         ({"kd": {"temperature": 2.0}}, 0.1),
+        ("kd_mixed+ickd", 0.0),
+        ("none + kd_mixed", 0.0),
+        ({"kd_mixed": 0.5}, 0.0),
     ],
 )
 def test_the_cross_entropy_has_the_factor_that_goes_with_the_loss(losses, ce_weight):
@@ -128,6 +133,8 @@ def test_losses_are_read_in_three_ways():
         ({"kd": "much"}, "got 'much'"),
         ({"kd": float("nan")}, "got nan"),
         ({"kd": {"warmup": -2}}, "the warmup of kd must be 0 or more"),
+        ({"kd": {"warmup": 0.5}}, "the warmup of kd is a number of epochs, got 0.5"),
+        ({"kd": True}, "the weight of kd must be 0 or more, got True"),
     ],
 )
 def test_what_is_no_loss_is_told(losses, message):
@@ -202,13 +209,35 @@ def test_warm_up_grows_as_mdistiller_has_it():
     """min(epoch / warmup, 1) with the first epoch called 1; the other terms are whole at once."""
     student, teacher = taps(0), taps(1)
     objective = made({"dkd": {"warmup": 4}, "kd": 1.0}, student, teacher)
-    full = float(made("dkd", student, teacher)(student, teacher, facts())["dkd"])
+    at_once = made({"dkd": {"warmup": 0}}, student, teacher)
+    full = float(at_once(student, teacher, facts())["dkd"])
     for epoch in range(7):
         terms = objective(student, teacher, facts(), epoch)
         assert float(terms["dkd"]) == pytest.approx(min((epoch + 1) / 4, 1) * full, rel=1e-12)
         assert float(terms["kd"]) == pytest.approx(
             kd_by_hand(student.logits.numpy(), teacher.logits.numpy()), rel=1e-10
         )
+
+
+@pytest.mark.parametrize(
+    ("losses", "epochs", "share"),
+    [
+        ("dkd", 240, [1 / 20, 2 / 20, 19 / 20, 1, 1]),  # section 4.5: linear, 20 epochs
+        ({"dkd": {"weight": 1.0, "beta": 8.0}}, 40, [1 / 20, 2 / 20, 19 / 20, 1, 1]),
+        ("dkd", 24, [1 / 12, 2 / 12, 1, 1, 1]),  # the second half of a short run is at full weight
+        ({"dkd": {"warmup": 20}}, 24, [1 / 20, 2 / 20, 19 / 20, 1, 1]),  # as it was asked for
+        ("dkd", 1, [1, 1, 1, 1, 1]),
+        ("kd", 240, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_dkd_warms_up_unless_told_otherwise(losses, epochs, share):
+    student, teacher = taps(0), taps(1)
+    objective = made(losses, student, teacher, 0.0)
+    objective.task_epochs = epochs
+    [name] = objective.losses
+    full = float(objective(student, teacher, facts(), 1000)[name])
+    found = [float(objective(student, teacher, facts(), n)[name]) for n in (0, 1, 18, 19, 50)]
+    assert found == pytest.approx([full * part for part in share], rel=1e-12)
 
 
 # ---- pairs
@@ -518,3 +547,55 @@ def test_ddp_trains_through_the_boundary_if_told_that_weights_wait(whole, tmp_pa
 def test_plain_ddp_is_refused_where_weights_wait(tmp_path):
     with pytest.raises(UserError, match="ddp_find_unused_parameters_true"):
         run(distiller("ab"), tmp_path, **gloo())
+
+
+def test_weights_that_are_parted_among_processes_are_refused():
+    objective = made("kd", taps(1), taps(2))
+    with pytest.raises(UserError, match=r"fsdp parts.*strategy ddp"):
+        check_strategy(objective, FSDPStrategy())
+
+
+# ---- what cannot be compared is told before anything is trained
+
+
+@pytest.mark.parametrize(
+    ("student", "losses", "message"),
+    [
+        ("zoo:vgg8", "at", "stages"),
+        ("zoo:resnet8x4", "fsp", "channels"),
+        ("zoo:resnet20", {"ickd_grid": {"grid": [16, 16], "embed": True}}, "grid of 16x16"),
+    ],
+)
+def test_networks_are_tried_before_a_teacher_is_trained(tmp_path, student, losses, message):
+    module = Distiller(
+        student,
+        "zoo:resnet8",
+        losses=losses,
+        num_classes=3,
+        teacher_recipe="a recipe that is never read",
+        init_epochs=1 if losses == "fsp" else 0,
+    )
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path, epochs=2, accelerator="cpu", progress=False).fit(module, data())
+    assert not [*tmp_path.rglob("*.ckpt")]
+
+
+def test_a_rehearsal_leaves_no_trace():
+    torch.manual_seed(0)
+    options = {"n_data": 12, "labels": [0, 1, 2] * 4, "negatives": 3, "dim": 4}
+    objective = made({"ickd": 1.0, "crd": options, "vid": 1.0}, taps(1), taps(2)).train()
+    before, state = torch.random.get_rng_state(), copy.deepcopy(objective.state_dict())
+    objective.rehearse(taps(3), taps(4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert differences(objective.state_dict(), state) == ""
+    assert all(module.training for module in objective.modules())
+
+
+def test_weights_of_pairs_act_or_are_refused():
+    pairs = [Pair("a", "b", 1.0), Pair("c", "d", 100.0)]
+    with pytest.raises(UserError, match=r"at compares all pairs at once.*at 1"):
+        made("at", taps(1), taps(2), 1.0, pairs)
+    made("at", taps(1), taps(2), 1.0, [pair._replace(weight=1.0) for pair in pairs])
+    for weight in (-1.0, float("nan")):
+        with pytest.raises(UserError, match="weight of a pair"):
+            made("ickd", taps(1), taps(2), 1.0, [Pair("a", "b", weight)])

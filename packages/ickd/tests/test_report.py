@@ -53,6 +53,11 @@ def found() -> list[Diversity]:
     return [diversity(teacher[1::2]), *held_out]
 
 
+@pytest.fixture(scope="module")
+def triptych(found) -> Figure:
+    return report.icc_triptych(*found)
+
+
 def texts(ax: Axes) -> str:
     """All that is written in and over a panel."""
     return "\n".join(
@@ -135,10 +140,10 @@ def test_the_order_of_dead_channels_and_of_one():
 # -- triptych -----------------------------------------------------------------------------------
 
 
-def test_the_triptych_shows_the_matrices_in_one_order(found):
-    fig = report.icc_triptych(*found)
+def test_the_triptych_shows_the_matrices_in_one_order(found, triptych):
     order = report.cluster_channels(found[0].icc.numpy())
-    matrices = [titled(fig, name) for name in ("Teacher", "Distilled student", "Plain student")]
+    names = ("Teacher", "Distilled student", "Plain student")
+    matrices = [titled(triptych, name) for name in names]
     for ax, network in zip(matrices, found, strict=True):
         np.testing.assert_allclose(picture(ax), order.arrange(network.icc.numpy()))
     pairs = found[0].icc.numpy()[~np.eye(12, dtype=bool)]
@@ -146,7 +151,7 @@ def test_the_triptych_shows_the_matrices_in_one_order(found):
     assert {norm.vcenter for norm in norms} == {np.median(pairs)}  # one scale for all
     np.testing.assert_allclose([norm.vmax for norm in norms], 1.0)
     for network, start in zip(found[1:], ("Distilled student −", "Plain student −"), strict=True):
-        ax = titled(fig, start)
+        ax = titled(triptych, start)
         gap = network.icc.numpy() - found[0].icc.numpy()
         np.testing.assert_allclose(picture(ax), order.arrange(gap))
         assert ax.images[0].norm.vmax == -ax.images[0].norm.vmin > 0
@@ -168,15 +173,14 @@ def test_the_triptych_tells_the_figures(found):
     assert fig.get_suptitle() == "All of it"
 
 
-def test_the_histogram_has_all_pairs_and_the_spectrum_all_values(found):
-    fig = report.icc_triptych(*found)
-    steps = titled(fig, "All pairs").patches
+def test_the_histogram_has_all_pairs_and_the_spectrum_all_values(found, triptych):
+    steps = titled(triptych, "All pairs").patches
     shares = [patch.get_data().values.sum() for patch in steps]
     np.testing.assert_allclose(shares, 100)
-    curves = [line for line in titled(fig, "Singular").lines if len(line.get_xdata()) > 1]
+    curves = [line for line in titled(triptych, "Singular").lines if len(line.get_xdata()) > 1]
     for line, network in zip(curves, found, strict=True):
         np.testing.assert_allclose(line.get_ydata(), 100 * network.spectrum.numpy())
-    dots = [line for line in titled(fig, "Singular").lines if len(line.get_xdata()) == 1]
+    dots = [line for line in titled(triptych, "Singular").lines if len(line.get_xdata()) == 1]
     ranks = [float(np.asarray(line.get_xdata())[0]) for line in dots]
     np.testing.assert_allclose(ranks, [network.effective_rank for network in found])
 
@@ -185,6 +189,30 @@ def test_the_histogram_has_all_pairs_and_the_spectrum_all_values(found):
 def test_the_triptych_is_tidy(found, count):
     heading = "Which channels fire together" if count == 3 else ""
     check_tidy(report.icc_triptych(*found[:count], heading=heading))
+
+
+def test_a_distance_from_a_poor_fit_is_marked(found, grids):
+    fig = report.icc_triptych(*found, doubtful=[2])
+    plain = f"{found[2].icc_distance:.3f}"
+    assert f"ICC distance {plain} (unreliable)" in texts(titled(fig, "Plain student\n"))
+    assert "unreliable" not in texts(titled(fig, "Distilled student\n"))
+    assert f"{plain} ?" in texts(titled(fig, "Diversity"))
+    assert "Unreliable (?)" in fig.get_supxlabel()
+    check_tidy(fig)
+    assert "Unreliable" not in report.icc_triptych(*found).get_supxlabel()
+    fig = report.icc_cells(*grids, doubtful=[1])
+    assert "(unreliable)" in texts(titled(fig, "Distilled student: ICC"))
+    assert "(unreliable)" not in texts(titled(fig, "Plain student: ICC"))
+    check_tidy(fig)
+
+
+def test_the_triptych_explains_itself(found):
+    words = " ".join(report.icc_triptych(*found).get_supxlabel().split())
+    for part in ("linear map", "clustering", "|correlation| over all pixels above 0.5", "0 to 4"):
+        assert part in words
+    alone = report.icc_triptych(found[0]).get_supxlabel()
+    assert "clustering" in alone
+    assert "linear map" not in alone
 
 
 def test_a_single_network_has_no_difference(found):
@@ -299,9 +327,9 @@ def test_training_curves_read_the_log(log):
     fig = report.training_curves(log, {"plain student": plain})
     terms, scores = (lines(ax) for ax in fig.axes)
     named = {name for name in terms if not name.startswith("_")}
-    logits, correlation = "KL: the teacher's logits", "CC: channel correlation"
-    assert named == {"CE: labels", logits, correlation, "at"}
-    np.testing.assert_allclose(terms["CE: labels"], [[k, 2 / k] for k in range(10, 101, 10)])
+    logits, correlation = "kd: the teacher's logits", "ickd: channel correlation"
+    assert named == {"ce: labels", logits, correlation, "at"}
+    np.testing.assert_allclose(terms["ce: labels"], [[k, 2 / k] for k in range(10, 101, 10)])
     np.testing.assert_allclose(terms[logits][:, 1], 3.0)
     np.testing.assert_allclose(terms[correlation][:, 1], 1.5)
     np.testing.assert_allclose(scores["distilled student"], [[50, 40], [100, 60]])
@@ -314,8 +342,13 @@ def test_training_curves_read_the_log(log):
 def test_training_curves_of_segmentation_and_of_nothing():
     fig = report.training_curves([{"step": 1, "val/miou": 0.5}, {"step": 1, "train/ce": 1.0}])
     assert fig.axes[1].get_ylabel() == "validation mIoU (%)"
-    fig = report.training_curves([{"step": 1, "train/ce": 1.0}, {"step": 2, "train/ce": ""}])
-    assert not fig.axes[1].axison
+    check_tidy(fig)
+    for alone in ({"train/ce": 1.0}, {"val/top1": 0.5}):  # no empty half, and a dot is seen
+        fig = report.training_curves([{"step": 1, **alone}, {"step": 2}], heading="Seed 3")
+        (ax,) = fig.axes
+        assert ax.lines[-1].get_marker() == "o"
+        assert fig.get_suptitle() == "Seed 3"
+        check_tidy(fig)
     with pytest.raises(ValueError, match="neither terms"):
         report.training_curves([{"step": 1, "lr": 0.1}])
 
@@ -324,10 +357,10 @@ def test_training_curves_of_segmentation_and_of_nothing():
 
 ROWS = [
     report.LossRow("none", (74.0, 75.0, 73.0), None, 0.020, 0),
-    report.LossRow("kd", (80.0, 81.0, 79.9), report.Gain(6.3, 5.7, 6.9), 0.0201, 512),
-    report.LossRow("ickd", (80.5, 80.6, 80.7), report.Gain(6.6, 4.0, 9.2), 0.021, 18_000),
-    report.LossRow("kd+ickd@2", (81.5, 81.6, 81.7), report.Gain(7.6, 5.0, 10.2), 0.0215, 18_512),
-    report.LossRow("nst", (73.0, 73.5, 72.8), report.Gain(-0.9, -2.0, 0.2), 0.04, 900_000),
+    report.LossRow("kd", (80.0, 81.0, 79.9), (6.3, 5.7, 6.9), 0.0201, 512),
+    report.LossRow("ickd", (80.5, 80.6, 80.7), (6.6, 4.0, 9.2), 0.021, 18_000),
+    report.LossRow("kd+ickd@2", (81.5, 81.6, 81.7), (7.6, 5.0, 10.2), 0.0215, 18_512),
+    report.LossRow("nst", (73.0, 73.5, 72.8), (-0.9, -2.0, 0.2), 0.04, 900_000),
 ]
 
 
@@ -344,7 +377,13 @@ def test_dots_show_seeds_means_and_gains():
     intervals = [tuple(line.get_xdata()) for line in gains.lines if len(line.get_xdata()) == 2]
     assert (4.0, 9.2) in intervals
     assert {"+6.6", "+7.6", f"{MINUS}0.9"} <= set(texts(gains).split("\n"))
-    assert "paired over 3 seeds" in texts(gains)
+    assert "paired over 3 seeds, with 95 % intervals" in texts(gains)
+    (explained,) = fig.legends
+    named = [text.get_text() for text in explained.get_texts()]
+    assert sorted(named) == ["plain student (mean)", "teacher"]
+    check_tidy(fig)
+    fig = report.dots(ROWS, score="mIoU")
+    assert texts(fig.axes[0]).startswith("mIoU\n")
     check_tidy(fig)
 
 
@@ -383,8 +422,8 @@ def test_the_scatter_leaves_out_what_was_not_measured():
 def test_losses_with_ickd_have_its_colour():
     colors = loss_colors(["none", "kd", "kd+ickd@2", "ickd_grid"])
     assert colors["none"] == PLAIN
-    assert colors["kd+ickd@2"] == colors["ickd_grid"] == STUDENT
-    assert len(set(colors.values())) == 3
+    assert colors["ickd_grid"] == STUDENT
+    assert len(set(colors.values())) == 4  # beside others it has one of its own
 
 
 # -- segmentation -------------------------------------------------------------------------------
@@ -401,6 +440,8 @@ def test_grid_bars_are_differences_to_the_plain_student():
     assert {f"{MINUS}2.0", "+3.6", "+4.0"} <= set(texts(ax).split("\n"))
     assert to_rgba(STUDENT, 0.85) == ax.patches[1].get_facecolor() != ax.patches[2].get_facecolor()
     check_tidy(fig)
+    for rows in ({"1×1": [13.8, 13.9], "6×6": [20.0]}, {"1×1": [13.8], "6×6": [60.0]}):
+        check_tidy(report.grid_bars({"none": [36.9], **rows}, teacher=50.0))
     for bad in ({"none": [1.0]}, {"1×1": [1.0], "2×2": [1.0]}, {"none": [], "1×1": [1.0]}):
         with pytest.raises(ValueError, match="none"):
             report.grid_bars(bad)
@@ -462,8 +503,8 @@ def test_overlays_take_bytes_and_refuse_other_sizes():
         report.segmentation_overlays(images, truth, truth.mT, class_names=["only"])
 
 
-def test_save_all_writes_pngs(tmp_path, found):
-    (path,) = report.save_all({"icc": report.icc_triptych(found[0])}, tmp_path / "new")
+def test_save_all_writes_pngs(tmp_path, triptych):
+    (path,) = report.save_all({"icc": triptych}, tmp_path / "new")
     assert path == tmp_path / "new" / "icc.png"
     with Image.open(path) as picture_file:
         assert min(picture_file.size) > 600

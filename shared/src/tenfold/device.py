@@ -278,6 +278,11 @@ def _is_busy(spread: float, load: float, cores: int) -> bool:
     return load > cores + _LOAD_SLACK or spread > _SPREAD_LIMIT
 
 
+def is_overloaded() -> bool:
+    """Say whether for the last minute more work was running here than there are cores."""
+    return _is_busy(0.0, _load_average(), os.cpu_count() or 1)
+
+
 def _load_average() -> float:
     # Windows has no load average; there the spread alone decides.
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

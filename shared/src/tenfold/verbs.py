@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -173,8 +173,12 @@ def _folder_and_checkpoint(
 
 def _used(base: Path) -> list[Path]:
     """The folders base, base-2, base-3, ... that hold a run: a new one never writes over it."""
-    numbered = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
-    return list(takewhile(lambda f: (f / CONFIG).is_file() or resume_path(f), numbered))
+    return list(takewhile(lambda f: (f / CONFIG).is_file() or resume_path(f), numbered(base)))
+
+
+def numbered(base: Path) -> Iterator[Path]:
+    """The folders base, base-2, base-3 and so on, which runs of one name take in turn."""
+    return (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
 
 
 def _folder_in(recipes: Iterable[Path]) -> str | None:

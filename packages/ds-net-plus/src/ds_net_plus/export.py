@@ -220,7 +220,7 @@ def _check_formats(formats: Sequence[str]) -> None:
     needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
     lacking = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
     if lacking:
-        raise UserError(f"format onnx needs {lacking}", fix="pip install ds-net-plus[export]")
+        raise UserError(f"format onnx needs {lacking}", fix='pip install "ds-net-plus[export]"')
 
 
 def _parts(net: DynamicNet, chosen: Sequence[RouteLike]) -> list[Part]:

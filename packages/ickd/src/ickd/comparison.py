@@ -1,4 +1,4 @@
-"""Many losses on one pair of networks: the runs, and what they say when seeds are paired."""
+"""Many losses on one pair of networks: what is run, and run no second time."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from scipy import stats
 from torch import nn
 
 from ickd.measure import PeakBytes
 from ickd.module import Distiller, fit_recipe, make_data
 from ickd.module.fitting import fit_teacher, teacher_recipe
-from ickd.module.objective import parse_losses, prepares_first, usual_weight
+from ickd.module.objective import parse_losses, prepares_first, usual_ce_weight, usual_weight
+from ickd.scores import ALONE, Comparison, ScoredSplit
 from tenfold.checkpoint import atomic_file
 from tenfold.data import DataModule
-from tenfold.device import pick_device
+from tenfold.device import is_overloaded, pick_device, synchronize
 from tenfold.distillation import loss_class
 from tenfold.errors import UserError
 from tenfold.recipes import recipe_parts
 from tenfold.training import LAST
 
-PLAIN = "none"
 _FIRST_STEPS = 5
 """Steps of a run that are not timed: memory is still being allocated."""
 _MEASURED = 1
@@ -38,73 +36,23 @@ _TASK_TO_PREPARATION = 8
 """240 epochs have 30 of preparation in front of them, where a loss needs some (section 4.2)."""
 
 
-class Difference(NamedTuple):
-    """A paired difference over seeds, in points.
-
-    Attributes:
-        mean: of the differences, seed by seed.
-        low: of the 95 % confidence interval (Student); -inf for one seed.
-        high: likewise.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` measured.
-
-    Attributes:
-        scores: accuracy or mIoU on the test images in per cent, by loss, one a seed.
-        seconds: median time of a training step by loss.
-        teacher: score of the teacher; NaN if it has none.
-        metric: "top-1" or "mIoU".
-        runs: every run, as it is in results.json.
-        memory: bytes for an image of the tensors that a training step makes, at the worst moment;
-            NaN where a run was finished by an older one.
-        start: what the students started from: "scratch", "pretrained" or a file.
-    """
-
-    scores: dict[str, list[float]]
-    seconds: dict[str, float]
-    teacher: float
-    metric: str
-    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)
-    start: str = "scratch"
-
-    def difference(self, losses: str, to: str = PLAIN) -> Difference | None:
-        """How much better a loss is than another one, paired by seed; None without the other."""
-        if to not in self.scores or losses == to:
-            return None
-        pairs = zip(self.scores[losses], self.scores[to], strict=True)
-        return paired([ours - theirs for ours, theirs in pairs])
-
-
-def paired(differences: Sequence[float]) -> Difference:
-    """Mean and Student's 95 % interval of differences that belong to seeds."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return Difference(mean, float("-inf"), float("inf"))
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
-    return Difference(mean, mean - half, mean + half)
-
-
 class StepTimes(Callback):
-    """Wall time of every training step, from batch start to batch end."""
+    """Wall time of every training step, from batch start to batch end.
+
+    A GPU works on behind the program: both ends wait until it is done.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, *_: Any, **__: Any) -> None:
         """Starts the clock."""
+        synchronize(trainer.strategy.root_device)
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         """Stops it."""
+        synchronize(trainer.strategy.root_device)
         self.seconds.append(time.perf_counter() - self._start)
 
     @property
@@ -171,11 +119,14 @@ def compare_losses(
     accelerator: str = "auto",
     progress: bool = True,
     validate: bool = False,
+    split: ScoredSplit = "test",
 ) -> Comparison:
     """Train the recipe's student with every loss and seed; what is finished is not done again.
 
     Losses that prepare the student or an adaptor have an eighth more epochs, or the recipe's
-    `init_epochs`, in front.
+    `init_epochs`, in front. The cross-entropy has the factor that usually goes with the losses: 1,
+    0.1 beside kd alone at its usual weight, 0 beside kd_mixed, and the recipe's own where all
+    losses are the recipe's; unless `model` has a ce_weight, which is then that of every student.
 
     Args:
         recipe: names student, teacher, optimiser and data.
@@ -192,17 +143,20 @@ def compare_losses(
         accelerator: Lightning's choice of device.
         progress: show it.
         validate: measure on the validation images, as often as the recipe does.
+        split: images that the finished students are scored on; "val" to choose by, which are the
+            test images where the data have no others (the `split` of what is returned says so).
 
     Raises:
         UserError: an unknown recipe or loss, or results of other settings in the folder.
     """
     plans = _plans(recipe, losses, weights or {}, model or {}, data, epochs)
     settings = {"recipe": recipe, "model": model or {}, "data": data or {}, "epochs": epochs}
-    settings |= {"teacher_per_seed": teacher_per_seed, "plans": plans}
+    split = "val" if split == "val" and _validates(recipe, data) else "test"
+    settings |= {"teacher_per_seed": teacher_per_seed, "plans": plans, "split": split}
     given = {**recipe_parts("ickd", recipe)["model"]["init_args"], **(model or {})}
     settings["student_init"] = given.get("student_ckpt") or given.get("student_init", "scratch")
     results = _Results(out / "results.json", settings)
-    options = {"accelerator": accelerator, "progress": progress}
+    options = {"accelerator": accelerator, "progress": progress, "split": split}
     for seed in seeds:
         own = seed if teacher_per_seed else 0
         teacher = {}
@@ -225,6 +179,7 @@ def _summary(results: _Results, losses: Sequence[str], seeds: Sequence[int]) -> 
     runs = {name: [results.runs[f"{name}/{seed}"] for seed in seeds] for name in losses}
     trained = [run["score"] for key, run in results.runs.items() if key.startswith("teacher/")]
     given = [run["teacher"] for run in results.runs.values() if "teacher" in run]
+    settings = results.content["settings"]
     return Comparison(
         {name: [run["score"] for run in found] for name, found in runs.items()},
         {name: _median(run["seconds"] for run in found) for name, found in runs.items()},
@@ -232,7 +187,10 @@ def _summary(results: _Results, losses: Sequence[str], seeds: Sequence[int]) -> 
         next(iter(results.runs.values()))["metric"],
         dict(results.runs),
         {name: _median(run.get("bytes") for run in found) for name, found in runs.items()},
-        results.content["settings"].get("student_init", "scratch"),
+        settings.get("student_init", "scratch"),
+        settings["split"],
+        any(run.get("cached") for found in runs.values() for run in found),
+        any(run.get("busy") for found in runs.values() for run in found),
     )
 
 
@@ -261,7 +219,9 @@ def _plans(
     usual = arguments.get("init_epochs") or max(1, round(task / _TASK_TO_PREPARATION))
     plans = {}
     for name in losses:
-        chosen, ce_weight = _weighted(name, arguments, weights)
+        asked = _asked(name, weights)
+        chosen = _weighted(name, asked, arguments)
+        ce_weight = _ce_weight(asked, own, model)
         _count_items(chosen, recipe, data)
         first = usual if any(map(prepares_first, chosen)) else 0
         plan = {"losses": chosen or None, "ce_weight": ce_weight, "init_epochs": first}
@@ -272,29 +232,56 @@ def _plans(
     return plans
 
 
+def _asked(name: str, weights: Mapping[str, float]) -> dict[str, float | None]:
+    """The losses of "kd+ickd@2" with the weights that a person gave them."""
+    places = [read_place(place) for place in name.split("+")]
+    return {
+        part: weights.get(part) if weight is None else weight
+        for part, _, weight in places
+        if part != ALONE
+    }
+
+
 def _weighted(
-    name: str, arguments: Mapping[str, Any], weights: Mapping[str, float]
-) -> tuple[dict[str, Any], float]:
-    """The losses of "kd+ickd" with their weights, and the weight of the cross-entropy."""
-    configured = arguments.get("losses") or {}
-    configured = configured if isinstance(configured, Mapping) else {}
+    name: str, asked: Mapping[str, float | None], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The losses of "kd+ickd" with their weights, and with the options they have in the recipe."""
+    configured = _mapping(arguments.get("losses"))
+    grids = {part: grid for part, grid, _ in map(read_place, name.split("+"))}
     chosen: dict[str, Any] = {}
-    alone = "+" not in name
-    for place in name.split("+"):
-        part, grid, weight = read_place(place)
-        if part == PLAIN:
-            continue
-        value = configured.get(part, usual_weight(part, alone=alone))
+    for part, given in asked.items():
+        usual = usual_weight(part, alone=len(asked) == 1)
+        value = configured.get(part, usual)
         options = dict(value) if isinstance(value, Mapping) else {"weight": value}
-        given = weights.get(part) if weight is None else weight
+        if loss_class(part).default_ce_weight < 1 and not asked.keys() <= configured.keys():
+            options["weight"] = usual  # the recipe's belongs to the recipe's cross-entropy
         options |= {} if given is None else {"weight": given}
-        options |= {} if grid is None else {"grid": grid}
+        options |= {} if grids[part] is None else {"grid": grids[part]}
         chosen[part] = options if {*options} != {"weight"} else options["weight"]
     parse_losses(chosen)  # tells of a wrong weight before anything is trained
-    if alone and chosen and "@" not in name and not {*chosen} & {*weights, *configured}:
-        return chosen, loss_class(next(iter(chosen))).default_ce_weight
-    mixed = {*chosen} & {*configured}
-    return chosen, float(arguments.get("ce_weight") or 1.0) if mixed else 1.0
+    return chosen
+
+
+def _ce_weight(
+    asked: Mapping[str, float | None], own: Mapping[str, Any], model: Mapping[str, Any]
+) -> float:
+    """The factor of the cross-entropy, see `compare_losses`; `own` is what the recipe says."""
+    given, of_recipe = model.get("ce_weight"), own.get("ce_weight")
+    if given is not None:
+        if not (isinstance(given, int | float) and math.isfinite(given) and given >= 0):
+            raise UserError(f"ce_weight must be 0 or more, got {given!r}")
+        if not given and not asked:
+            what = f"ce_weight is 0: the student alone ({ALONE}) has nothing to learn from"
+            raise UserError(what, fix=f"leave {ALONE} out of the losses")
+        return float(given)
+    if asked and of_recipe is not None and asked.keys() <= _mapping(own.get("losses")).keys():
+        return float(of_recipe)
+    return usual_ce_weight(asked)
+
+
+def _mapping(losses: Any) -> Mapping[str, Any]:
+    """Losses of a recipe that are more than names."""
+    return losses if isinstance(losses, Mapping) else {}
 
 
 def read_place(place: str) -> tuple[str, list[int] | None, float | None]:
@@ -343,8 +330,9 @@ def _teacher(
     folder, key = out / f"teacher-{seed}", f"teacher/{seed}"
     if key not in results.runs:
         given = {**options, "data": options["data"] or {}}
+        split = given.pop("split")
         module, data = fit_teacher(chosen, folder, arguments, seed=seed, **given)
-        metric, score = evaluate(module, module.student, data, options["accelerator"])
+        metric, score = evaluate(module, module.student, data, options["accelerator"], split)
         results.add(key, {"score": 100 * score, "metric": metric})
     return {"teacher_ckpt": str(folder / LAST)}
 
@@ -360,35 +348,55 @@ def _run(
     """Train and measure a student; with `judge` also its teacher, where it tells the same classes.
 
     Returns:
-        score and teacher in per cent, metric, seconds of a step, bytes of a step for an image.
+        score and teacher in per cent, metric, seconds of a step, bytes of a step for an image,
+        whether the teacher's features were cached, and whether the machine was busy.
     """
     clock, memory = StepTimes(), StepMemory()
+    given = dict(options)
+    split = given.pop("split")
     module, data = fit_recipe(
-        recipe, folder, model=model, seed=seed, callbacks=[clock, memory], **options
+        recipe, folder, model=model, seed=seed, callbacks=[clock, memory], **given
     )
-    metric, score = evaluate(module, module.student, data, options["accelerator"])
+    busy, place = is_overloaded(), given["accelerator"]
+    metric, score = evaluate(module, module.student, data, place, split)
     run = {"score": 100 * score, "metric": metric, "seconds": clock.median, "bytes": memory.bytes}
+    run |= {"cached": module.cache is not None, "busy": busy}
     if judge and module.teacher is not None and module.comparable:
-        run["teacher"] = 100 * evaluate(module, module.teacher, data, options["accelerator"])[1]
+        run["teacher"] = 100 * evaluate(module, module.teacher, data, place, split)[1]
     return run
+
+
+def _validates(recipe: str, data: Mapping[str, Any] | None) -> bool:
+    """Whether the data have validation images that are not the test images."""
+    images = make_data(recipe, data)
+    loaders = images.val_dataloader(), images.test_dataloader()
+    if len({len(loader.dataset) for loader in loaders}) > 1:
+        return True
+    ours, theirs = (next(iter(loader)).image for loader in loaders)
+    return not torch.equal(ours, theirs)
 
 
 @torch.no_grad()
 def evaluate(
-    module: Distiller, network: nn.Module, data: DataModule, accelerator: str = "auto"
+    module: Distiller,
+    network: nn.Module,
+    data: DataModule,
+    accelerator: str = "auto",
+    split: ScoredSplit = "test",
 ) -> tuple[str, float]:
-    """The metric's name and a network's score on the test images, in 0..1.
+    """The metric's name and a network's score on the test or validation images, in 0..1.
 
     Args:
         module: whose metric is taken.
         network: its student or its teacher.
-        data: with test images.
+        data: with these images.
         accelerator: Lightning's choice of device.
+        split: which images.
     """
     place = pick_device({"gpu": "cuda"}.get(accelerator, accelerator))
     module = module.to(place).eval()
     module.score.reset()
-    for batch in data.test_dataloader():
+    for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
         module.score.update(network(batch.image.to(place)), batch.label.to(place))
     found = module.score.compute()
     module.score.reset()
@@ -405,8 +413,9 @@ class _Results:
             self.content = _read(path)
         known = self.content["settings"]
         mine = json.loads(json.dumps(settings, default=str))
-        for key in ("recipe", "model", "data", "epochs", "teacher_per_seed"):
-            if known and known.get(key) != mine[key]:
+        for key in ("recipe", "model", "data", "epochs", "teacher_per_seed", "split"):
+            usual = "test" if key == "split" else None  # older files do not name it
+            if known and known.get(key, usual) != mine[key]:
                 raise UserError(
                     f"the folder holds results of another {key}: {known.get(key)}, not {mine[key]}",
                     where=str(path),

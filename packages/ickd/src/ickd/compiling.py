@@ -33,8 +33,9 @@ class CompiledNetwork(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits of pixels in 0..1, (batch, colours, height, width)."""
-        return self._classify(self.network.prepare(pixels))
+        logits = self._classify(self.network.prepare(pixels))
+        return self.network.resize_logits(logits, pixels)
 
     def taps(self, pixels: Tensor) -> Taps:
         """Logits and features of pixels in 0..1, (batch, colours, height, width)."""
-        return self._read(self.network.prepare(pixels))
+        return self.network.resize_taps(self._read(self.network.prepare(pixels)), pixels)

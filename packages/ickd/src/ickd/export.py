@@ -110,7 +110,7 @@ def check_format(format: str) -> None:
     needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
     lacking = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
     if lacking:
-        raise UserError(f"format onnx needs {lacking}", fix="pip install ickd[export]")
+        raise UserError(f"format onnx needs {lacking}", fix='pip install "ickd[export]"')
 
 
 def open_graph(path: str | Path, format: Format) -> Run:

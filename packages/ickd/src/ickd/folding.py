@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ickd.networks import Network
 from tenfold.device import channels_last
+
+log = logging.getLogger(__name__)
+
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+"""Of maps, on one device or over several."""
 
 _Pairs = list[tuple[str, str]]
 
@@ -28,7 +36,8 @@ def fold(network: Network) -> Network:
     Which batch norm follows which convolution is found by running an example: the norm's input is
     the very tensor that the convolution gave. A norm of timm that ends in an activation leaves the
     activation behind. What is folded is compared with what was there on random images; where it
-    differs, as when something else reads the tensor between the two, norm and convolution stay.
+    differs, as when something else reads the tensor between the two, norm and convolution stay,
+    and a warning says so.
 
     Args:
         network: on any device; not changed.
@@ -38,11 +47,32 @@ def fold(network: Network) -> Network:
     pairs = _followers(plain.net, plain.prepare(plain.example(1)))
     example = plain.example(2)
     noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
-    pairs = _harmless(plain, [pair for pair in pairs if pair[0] not in read], noise)
-    folded = _folded(plain, pairs)
-    chosen = folded if _agree(plain, folded, noise) else plain
-    chosen.net = channels_last(chosen.net)
-    return chosen
+    pairs = [pair for pair in pairs if pair[0] not in read]
+    with _without_tf32():
+        harmless = _harmless(plain, pairs, noise)
+        folded = _folded(plain, harmless)
+        if not _agree(plain, folded, noise):
+            folded, harmless = plain, []
+    if len(harmless) < len(pairs):
+        what = "%s: %d of %d batch norms are not folded, which would change what it says"
+        log.warning(what, network.name, len(pairs) - len(harmless), len(pairs))
+    folded.net = channels_last(folded.net)
+    return folded
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside, convolutions on CUDA keep all digits; TF32's ten bits hide whether two are the same.
+
+    This is the newer of torch's two switches: unlike `allow_tf32`, it can be read whichever of
+    them was set before.
+    """
+    module: Any = cudnn  # torch's types do not know all of it
+    before, module.conv.fp32_precision = module.conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        module.conv.fp32_precision = before
 
 
 def _harmless(plain: Network, pairs: _Pairs, pixels: Tensor) -> _Pairs:
@@ -59,7 +89,7 @@ def _folded(plain: Network, pairs: _Pairs) -> Network:
     for conv_name, norm_name in pairs:
         conv, norm = folded.net.get_submodule(conv_name), folded.net.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(norm, BatchNorm)
         folded.net.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
         folded.net.set_submodule(norm_name, _left_behind(norm))
     return folded.eval()
@@ -73,7 +103,7 @@ def _followers(net: nn.Module, x: Tensor) -> _Pairs:
             if isinstance(module, nn.Conv2d):
                 hook = module.register_forward_hook(partial(seen.made, name))
                 stack.callback(hook.remove)
-            elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            elif isinstance(module, BatchNorm) and module.track_running_stats:
                 hook = module.register_forward_pre_hook(partial(seen.read, name))
                 stack.callback(hook.remove)
         net(x)

@@ -12,13 +12,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ickd.networks import KINDS, Network, open_network
-from tenfold.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    compare_keys,
-    load_model_files,
-    save_model,
-)
+from tenfold.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model_files, save_model
 from tenfold.errors import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -90,10 +84,7 @@ def _build(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -
         raise UserError(what, where=where)
     mean, std, size = (expects.get(key) for key in ("mean", "std", "size"))
     network = open_network(name, mean=mean, std=std, image_size=size, **options)
-    report = compare_keys(state, network.net.state_dict())
-    if not report.fits:
-        raise UserError(f"the weights are not of {name}: {report.summary()}", where=where)
-    network.net.load_state_dict(dict(state))
+    network.fill(state, where=where)
     return network.eval()
 
 

@@ -278,7 +278,7 @@ def icc_formula(
 ) -> tuple[int, int]:
     """Multiply-adds of the row-normalised loss forward, and bytes at its worst moment, per image.
 
-    Direct, the two matrices take C²·p multiply-adds each, and seven of C×C are alive in the
+    Direct, the two matrices take C²·p multiply-adds each, and six of C×C are alive in the
     backward pass. The low-memory form (section 3.6) has three kernels p×p, each multiplied once
     more by a map, and four maps C×p are alive.
 
@@ -290,7 +290,7 @@ def icc_formula(
     """
     c, (p, q) = channels, pixels
     if not low_memory:
-        return cells * c * c * (p + q), cells * FLOAT * 7 * c * c
+        return cells * c * c * (p + q), cells * FLOAT * 6 * c * c
     backward = 4 * c * p + p * (p + q)
     forward = c * (p + 2 * q) + p * (p + q)  # worse where the teacher's map is larger
     macs = 2 * c * (p * p + q * q + p * q)

@@ -14,6 +14,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from ickd import zoo
 from ickd.convert import convert_checkpoint
 from ickd.model.deeplab import DeepLab, create_deeplab, load_backbone
+from ickd.model.deeplab.head import resize
 from ickd.model.embedded import EMBEDDED
 from ickd.synthetic import BLOBS_MEAN, BLOBS_STD, GRATINGS_MEAN, GRATINGS_STD
 from ickd.taps import suggest, tap
@@ -45,7 +47,8 @@ class Input(NamedTuple):
     Attributes:
         mean: of each colour of pixels in 0..1.
         std: likewise.
-        size: side in pixels to which images are resized, None to take them as they are.
+        size: side in pixels to which images are resized, None to take them as they are. Logits of
+            every pixel are resized back to the images.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -129,17 +132,43 @@ class Network(nn.Module):
         return (pixels - self.get_buffer("mean")) / self.get_buffer("std")
 
     def forward(self, pixels: Float[Tensor, "batch colours height width"]) -> Tensor:
-        """Logits of pixels in 0..1."""
-        return self.net(self.prepare(pixels))
+        """Logits of pixels in 0..1.
+
+        Raises:
+            UserError: the network returns something else.
+        """
+        return self.resize_logits(self._logits(self.prepare(pixels)), pixels)
 
     def taps(self, pixels: Float[Tensor, "batch colours height width"]) -> Taps:
         """Logits and features of pixels in 0..1.
 
         Raises:
-            UserError: a tap is missing or gives no map.
+            UserError: a tap is missing, does not run or gives no map, or the network returns
+                something else than logits.
         """
         with self.reading() as read:
-            return read(self.prepare(pixels))
+            return self.resize_taps(read(self.prepare(pixels)), pixels)
+
+    def resize_taps(self, taps: Taps, pixels: Float[Tensor, "batch colours height width"]) -> Taps:
+        """Taps as they are, but for `resize_logits`."""
+        if taps.logits is None:
+            return taps
+        return replace(taps, logits=self.resize_logits(taps.logits, pixels))
+
+    def resize_logits(
+        self, logits: Tensor, pixels: Float[Tensor, "batch colours height width"]
+    ) -> Tensor:
+        """Logits of every pixel at the size of the pixels, where `prepare` resizes these."""
+        if self.expects.size is None or logits.ndim != 4:
+            return logits
+        return resize(logits, (pixels.shape[2], pixels.shape[3]))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        if not isinstance(logits, Tensor):
+            what = f"{self.name} returns a {type(logits).__name__}, not logits"
+            raise UserError(what, fix="wrap the network so that it returns logits")
+        return logits
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[Tensor], Taps]]:
@@ -156,7 +185,11 @@ class Network(nn.Module):
         with tap(self.net, self.tap_names) as features, self._watch(pooled):
 
             def read(x: Tensor) -> Taps:
-                logits = self.net(x)
+                logits = self._logits(x)
+                for name in self.tap_names:
+                    if name not in features:
+                        what = f"tap {name!r} of {self.name} does not run with the network"
+                        raise UserError(what, fix="see ickd taps for modules that do")
                 maps = tuple(features[name] for name in self.tap_names)
                 vector = pooled[-1] if pooled and pooled[-1].ndim == 2 else maps[-1].mean((2, 3))
                 features.clear()
@@ -172,6 +205,31 @@ class Network(nn.Module):
         return self.net.get_submodule(self._classifier).register_forward_pre_hook(
             lambda _, arguments: pooled.append(arguments[0])
         )
+
+    def fill(
+        self,
+        state: Mapping[str, Tensor],
+        what: str | None = None,
+        *,
+        where: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        """Load weights of the network inside, all of them and no others.
+
+        Args:
+            state: as `net.state_dict()` has them.
+            what: the complaint if they do not fit; that they are not of this network if left out.
+            where: in which file they were, for the complaint.
+            fix: how to mend it, likewise.
+
+        Raises:
+            UserError: they do not fit; lists what differs. Nothing is loaded then.
+        """
+        report = compare_keys(state, self.net.state_dict())
+        if not report.fits:
+            what = what or f"the weights are not of {self.name}"
+            raise UserError(f"{what}: {report.summary()}", where=where, fix=fix)
+        self.net.load_state_dict(dict(state))
 
     def fingerprint(self) -> str:
         """A hash of name, input and weights: what cached features belong to."""
@@ -369,11 +427,7 @@ def load_pretrained(network: Network) -> None:
     for key, value in state.items():
         if value.shape[1:] == own[key].shape[1:] and value.shape != own[key].shape:
             state[key] = own[key]  # a classifier of other classes
-    report = compare_keys(state, own)
-    if not report.fits:
-        what = f"the pretrained weights do not fit its options: {report.summary()}"
-        raise UserError(what, where=network.name)
-    network.net.load_state_dict(state)
+    network.fill(state, "the pretrained weights do not fit its options", where=network.name)
 
 
 def _from_timm(network: Network, which: str) -> dict[str, Tensor]:
@@ -422,12 +476,7 @@ def load_weights(network: Network, path: str | Path) -> list[str]:
         path /= WEIGHTS_FILE if (path / WEIGHTS_FILE).is_file() else LAST
     found = convert_checkpoint(path)
     state, own = found.state, network.net.state_dict()
-    report = compare_keys(state, own)
-    if not report.fits and all(key.startswith("net.") for key in state):
+    if state.keys() != own.keys() and all(key.startswith("net.") for key in state):
         state = strip_prefix(state, "net.")  # a `Network` was saved, not what is inside
-        report = compare_keys(state, own)
-    if not report.fits:
-        what = f"the weights are not of {network.name}: {report.summary()}"
-        raise UserError(what, where=str(path), fix=f"the file seems to be of {found.network}")
-    network.net.load_state_dict(state)
+    network.fill(state, where=str(path), fix=f"the file seems to be of {found.network}")
     return list(found.notes)

@@ -132,6 +132,23 @@ def tokens_to_map(tokens: Tensor, drop: int = 0) -> Tensor:
     return kept.unflatten(2, shape)
 
 
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Inside, a network is in eval mode and keeps no graph; then every module's mode is back.
+
+    Args:
+        model: any network.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 # -- which names there are ---------------------------------------------------------------------
 
 
@@ -164,12 +181,12 @@ def tap_points(model: nn.Module, images: Tensor) -> list[TapPoint]:
         images: a small batch that it accepts.
     """
     shapes: _Shapes = {}
-    with ExitStack() as stack:
+    with still(model), ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
                 note = partial(_note, shapes, name)
                 stack.callback(module.register_forward_hook(note).remove)
-        _run_still(model, images)
+        model(images)
     # what timm's and torchvision's transformers tell about their tokens and maps
     prefix = int(getattr(model, "num_prefix_tokens", hasattr(model, "class_token")))
     nhwc = str(getattr(model, "output_fmt", "")).endswith("NHWC")
@@ -203,18 +220,6 @@ def suggest(model: nn.Module, images: Tensor) -> tuple[list[str], str]:
         fix = "name a module that gives (batch, channels, height, width)"
         raise UserError(f"no module of {type(model).__name__} gives a map", fix=fix)
     return stages, next(point.name for point in points if point.suggested == "ickd")
-
-
-@torch.no_grad()
-def _run_still(model: nn.Module, images: Tensor) -> None:
-    """One pass in eval mode, which leaves every module's mode as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        model(images)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _channels_last(shape: tuple[int, ...], images: Tensor, module: nn.Module, usual: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -38,6 +39,7 @@ class DistillationLoss(nn.Module, ABC, Generic[Compared]):
         default_weight: its factor beside the cross-entropy in the CIFAR comparison of CRD's
             authors, or in its own paper.
         default_ce_weight: the factor of the cross-entropy itself, there.
+        default_warmup: epochs over which the weight grows to its full value, there.
         reads: entries of the batch that `forward` takes behind the two signals.
         stage: "joint", or "init" for a loss that prepares the student before the task is trained.
     """
@@ -46,6 +48,7 @@ class DistillationLoss(nn.Module, ABC, Generic[Compared]):
     signal: ClassVar[Signal] = "logits"
     default_weight: ClassVar[float] = 1.0
     default_ce_weight: ClassVar[float] = 1.0
+    default_warmup: ClassVar[int] = 0
     reads: ClassVar[tuple[str, ...]] = ()
     stage: ClassVar[Literal["joint", "init"]] = "joint"
 
@@ -113,9 +116,25 @@ def create_loss(name: str, **kwargs: Any) -> DistillationLoss[Any]:
     """Build the loss registered as ``name``; ``kwargs`` go to its constructor.
 
     Raises:
-        UserError: if no loss has this name.
+        UserError: if no loss has this name, or it takes other arguments.
     """
-    return loss_class(name)(**kwargs)
+    kind = loss_class(name)
+    check_arguments(kind, **kwargs)
+    return kind(**kwargs)
+
+
+def check_arguments(kind: type[DistillationLoss[Any]], *given: Any, **named: Any) -> None:
+    """Make sure that a loss takes these arguments.
+
+    Raises:
+        UserError: it does not; tells what it takes.
+    """
+    takes = inspect.signature(kind)
+    try:
+        takes.bind(*given, **named)
+    except TypeError as error:
+        fix = f"it takes {', '.join(map(str, takes.parameters.values()))}"
+        raise UserError(f"the loss {kind.name} has {error}", fix=fix) from error
 
 
 def get_loss(name: str, **kwargs: Any) -> DistillationLoss[Any]:

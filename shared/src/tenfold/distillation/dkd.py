@@ -42,15 +42,19 @@ class DKDLoss(DistillationLoss[Tensor]):
         temperature: T > 0.
 
     Raises:
-        ValueError: if ``temperature`` is not a positive number.
+        ValueError: if ``temperature`` is not a positive number, or a weight is negative.
     """
 
     reads = ("label",)
+    default_warmup = 20
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be a positive number, not {temperature}")
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be 0 or more, not {value}")
         self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
 
     def forward(

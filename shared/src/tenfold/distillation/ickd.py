@@ -10,7 +10,7 @@ student's and the teacher's map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,7 +42,12 @@ def icc_matrix(
         feature: a map.
         normalize: "row" divides every row by its length (rows of zeros stay zero), "frobenius" the
             matrix by its norm, "none" leaves the products.
+
+    Raises:
+        ValueError: another normalisation.
     """
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize must be one of {get_args(Normalize)}, got {normalize!r}")
     f_ncp = in_full_precision(feature).flatten(2)
     with torch.autocast(feature.device.type, enabled=False):
         g_ncc = f_ncp @ f_ncp.mT
@@ -157,8 +162,8 @@ class ICCLoss(DistillationLoss[Tensor]):
     ) -> None:
         super().__init__()
         options = {
-            "normalize": (normalize, ("row", "none", "frobenius")),
-            "form": (form, ("auto", "direct", "low_memory")),
+            "normalize": (normalize, get_args(Normalize)),
+            "form": (form, get_args(Form)),
             "reduction": (reduction, ("row_mean", "sum")),
             "cell_reduction": (cell_reduction, ("mean", "sum")),
             "reference_scale": (reference_scale, (None, "imagenet")),
@@ -303,10 +308,10 @@ def _row_distance(
     squares = g_s.square().sum(2), g_t.square().sum(2)
     masks = [_alive(square) for square in squares]
     hats = [
-        g / torch.where(alive, square, 1).sqrt().unsqueeze(2) * alive.unsqueeze(2)
+        g * (alive / torch.where(alive, square, 1).sqrt()).unsqueeze(2)
         for g, square, alive in zip((g_s, g_t), squares, masks, strict=True)
     ]
-    return ((hats[0] - hats[1]).square() * masks[1].unsqueeze(2)).sum()
+    return ((hats[0] - hats[1]).square().sum(2) * masks[1]).sum()
 
 
 def _row_distance_official(

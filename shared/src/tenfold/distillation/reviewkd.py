@@ -45,6 +45,7 @@ class ReviewKDLoss(DistillationLoss[Maps]):
     """
 
     signal = "preact_stages"
+    default_warmup = 20
 
     def __init__(
         self,

@@ -37,8 +37,8 @@ def cache_teacher(
         data: arguments of the data that differ from the recipe.
         options: how a named teacher is built, over the recipe's teacher_options, such as taps,
             num_classes, mean, std and image_size; as in fit.
-        keep: fields with commas between them, of logits, pooled, last, maps, preacts; all if left
-            out.
+        keep: what to keep, with commas between, of logits, pooled, last, maps, preacts, or a single
+            map such as maps.3; all if left out, which of a large network are many GiB.
         device: cpu, cuda, or auto.
         out: the file to write.
     """

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ickd.convert import UNKNOWN, Converted, convert_checkpoint
+from ickd.data import ImageData, SegmentationData
 from ickd.hub import from_pretrained
 from ickd.module import load_student
 from ickd.networks import Network, open_network
-from tenfold.checkpoint import CONFIG_FILE, compare_keys, load_state
+from tenfold.checkpoint import CONFIG_FILE, load_state
 from tenfold.errors import UserError
 from tenfold.training import LAST
 
@@ -90,26 +90,25 @@ def build_converted(found: Converted) -> Opened:
     # every network that is published ends in the bias of its classifier
     classes = len(list(found.state.values())[-1])
     network = open_network(found.network, num_classes=classes)
-    fill(network, found.state)
-    return Opened(network, tuple(found.notes))
+    network.fill(found.state)
+    return Opened(network.eval(), tuple(found.notes))
 
 
 def _open_run(path: Path, raw: Mapping[str, Any]) -> Opened:
-    size = (raw.get("datamodule_hyper_parameters") or {}).get("image_size")
-    return Opened(load_student(path), image_size=size if isinstance(size, int) else None)
+    size = _trained_size(raw.get("datamodule_hyper_parameters") or {})
+    return Opened(load_student(path), image_size=size)
 
 
-def fill(network: Network, state: Mapping[str, Tensor]) -> None:
-    """Load weights into a network, and put it in eval mode.
-
-    Raises:
-        UserError: they are of another one.
-    """
-    report = compare_keys(state, network.net.state_dict())
-    if not report.fits:
-        raise UserError(f"the weights are not of {network.name}: {report.summary()}")
-    network.net.load_state_dict(dict(state))
-    network.eval()
+def _trained_size(given: Mapping[str, Any]) -> int | None:
+    """Side of the images that a run had by the arguments of its data; None if they do not tell."""
+    size, source = given.get("image_size", given.get("base_size")), str(given.get("source"))
+    if size is None:
+        with contextlib.suppress(UserError):  # data of one's own, whose sources are not known here
+            if "image_size" in given:
+                size = ImageData(source, ".").image_size
+            if "base_size" in given:
+                size = SegmentationData(source, ".").train_transform.base_size
+    return size if isinstance(size, int) else None
 
 
 # -- tables ------------------------------------------------------------------------------------

@@ -9,13 +9,17 @@ from typing import Any
 
 from ickd import report
 from ickd.commands.common import at_least, columns
-from ickd.comparison import PLAIN, Comparison, Difference, compare_losses, read_place
+from ickd.comparison import compare_losses, read_place
 from ickd.module.objective import parse_losses
+from ickd.scores import ALONE, Comparison, Difference
 from tenfold.errors import UserError
 
 TOY_WEIGHTS = {"kd": 1.0, "ickd": 4.0, "mse": 2.0, "fitnet": 2.0}
 """On the embedded task; the defaults of the losses were chosen on CIFAR-100."""
 TOY = ("demo", "gratings-fine", "blobs")
+_REFERENCES = (ALONE, "kd")
+"""What every row of losses is compared with."""
+_IMAGES = {"test": "test", "val": "validation"}
 
 
 def compare(
@@ -46,7 +50,8 @@ def compare(
         student: likewise.
         teacher_ckpt: file with the teacher's weights.
         weights: of losses, such as {"ickd": 2.5, "kd": 1}; defaults if left out.
-        model: other arguments of the Distiller that differ from the recipe.
+        model: other arguments of the Distiller that differ from the recipe. A ce_weight is that of
+            every student; without it each has what usually goes with its losses.
         data: arguments of the data that differ from the recipe.
         epochs: of every run, instead of the recipe's.
         accelerator: cpu, gpu, or auto.
@@ -83,7 +88,9 @@ def sweep(
     accelerator: str = "auto",
     out: Path = Path("ickd-sweep"),
 ) -> None:
-    """Train the student with one loss at several weights.
+    """Train the student with one loss at several weights, and score it on the validation images.
+
+    A weight that is chosen by them has not seen the test images.
 
     Args:
         beta: the weights, with commas between them.
@@ -100,9 +107,10 @@ def sweep(
     at_least(1, seeds=seeds, epochs=epochs)
     names = [f"{loss}@{_number(part):g}" for part in beta.split(",")]
     given = {**(model or {}), **({"teacher_ckpt": teacher_ckpt} if teacher_ckpt else {})}
+    alone = [] if given.get("ce_weight") == 0 else [ALONE]  # which learns from labels
     found = compare_losses(
         recipe,
-        parse_names(",".join([PLAIN, *names])),
+        parse_names(",".join([*alone, *names])),
         out,
         seeds=range(seeds),
         weights=TOY_WEIGHTS if recipe in TOY else {},
@@ -110,8 +118,12 @@ def sweep(
         data=data,
         epochs=epochs,
         accelerator=accelerator,
+        split="val",
     )
-    tell(found, out, "sweep")
+    notes = []
+    if found.split == "test":
+        notes.append("the data have no validation images of their own: scores are of test images")
+    tell(found, out, "sweep", notes)
 
 
 def _number(text: str) -> float:
@@ -136,12 +148,19 @@ def parse_names(losses: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def tell(found: Comparison, out: Path, name: str) -> None:
-    """Print the table, and write it with its pictures and numbers into the folder."""
-    score = f"test {found.metric}, %"
+def tell(found: Comparison, out: Path, name: str, notes: Sequence[str] = ()) -> None:
+    """Print the table, and write it with its pictures and numbers into the folder.
+
+    Args:
+        found: what was measured.
+        out: the folder.
+        name: of the files in it.
+        notes: lines to be said under the table.
+    """
+    score = f"{_IMAGES[found.split]} {found.metric}, %"
     rows = [["losses", score, "against none", "against kd", "step", "memory/image"]]
     for losses, scores in found.scores.items():
-        apart = [found.difference(losses, other) for other in (PLAIN, "kd")]
+        apart = [found.difference(losses, other) for other in _REFERENCES]
         rows.append(
             [
                 losses,
@@ -152,28 +171,60 @@ def tell(found: Comparison, out: Path, name: str) -> None:
             ]
         )
     print(columns(rows))
-    start = f"students start from {found.start}"
-    if math.isfinite(found.teacher):
-        start += f"; teacher: {found.teacher:.2f} %"
-    print(start)
+    below = [*_notes(found), *notes]
+    print("\n".join(below))
     head, *body = (" | ".join(row) for row in rows)
     lines = [f"| {head} |", "|" + " --- |" * len(rows[0]), *(f"| {line} |" for line in body)]
-    (out / f"{name}.md").write_text("\n".join([*lines, "", start]) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n\n" + "\n\n".join(below) + "\n"
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
     _write_csv(found, out / f"{name}.csv")
     pictures = draw(found, out, name)
     print(f"tables: {out / name}.md, {out / name}.csv; pictures: " + ", ".join(map(str, pictures)))
 
 
+def _notes(found: Comparison) -> list[str]:
+    """What belongs to every number of a table."""
+    start = f"students start from {found.start}"
+    if math.isfinite(found.teacher):
+        start += f"; teacher: {found.teacher:.2f} %"
+    notes = [start]
+    if found.cached:
+        notes.append(
+            "steps read cached features: the teacher's pass is not in their time (ickd cost)"
+        )
+    if found.busy:
+        notes.append("the machine was busy with other work: times of steps are not to be relied on")
+    return notes
+
+
 def _write_csv(found: Comparison, path: Path) -> None:
-    """One row for each run that was asked for."""
+    """One row for each run that was asked for, with its seed's differences and the losses' own."""
+    told = ("", "_mean", "_low", "_high")
+    head = [f"diff_to_{other}{what}" for other in _REFERENCES for what in told]
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["losses", "seed", "score", "seconds", "bytes"])
+        table.writerow(["losses", "seed", "score", "seconds", "bytes", *head])
         for losses, scores in found.scores.items():
             for seed, score in enumerate(scores):
                 run = found.runs.get(f"{losses}/{seed}", {})
-                costs = ("" if run.get(key) is None else run[key] for key in ("seconds", "bytes"))
-                table.writerow([losses, seed, f"{score:.4f}", *costs])
+                costs = [_rounded(run.get(key)) for key in ("seconds", "bytes")]
+                apart = [cell for to in _REFERENCES for cell in _apart(found, losses, to, seed)]
+                table.writerow([losses, seed, f"{score:.4f}", *costs, *apart])
+
+
+def _rounded(value: float | None) -> str:
+    """A measurement to 6 digits, or to a whole number where it has more; empty if unknown."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 1e5 else f"{value:.6g}"
+
+
+def _apart(found: Comparison, losses: str, to: str, seed: int) -> list[str]:
+    """The difference of one seed, and mean, low and high over all; empty where unknown."""
+    apart, whole = found.differences(losses, to), found.difference(losses, to)
+    if apart is None or whole is None:
+        return [""] * 4
+    return [f"{value:.4f}" if math.isfinite(value) else "" for value in (apart[seed], *whole)]
 
 
 def draw(found: Comparison, out: Path, name: str) -> list[Path]:
@@ -182,7 +233,7 @@ def draw(found: Comparison, out: Path, name: str) -> list[Path]:
     Returns:
         Their paths: <name>.png, and where it was measured <name>-time.png and <name>-memory.png.
     """
-    plain = found.memory.get(PLAIN, math.nan)
+    plain = found.memory.get(ALONE, math.nan)
     rows = []
     for losses, scores in found.scores.items():
         extra = found.memory.get(losses, math.nan) - plain
@@ -191,6 +242,7 @@ def draw(found: Comparison, out: Path, name: str) -> list[Path]:
             report.LossRow(losses, scores, gain, _known(found.seconds[losses]), _known(extra))
         )
     score = "top-1 accuracy" if found.metric == "top-1" else found.metric
+    score = score if found.split == "test" else f"validation {score}"
     figures = {name: report.dots(rows, teacher=_known(found.teacher), score=score)}
     if len(rows) > 1 and any(row.seconds is not None for row in rows):
         figures[f"{name}-time"] = report.accuracy_against_cost(rows, "seconds", score=score)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import safetensors.torch
 
-from ickd.commands.common import build_converted, fill, open_saved
+from ickd.commands.common import build_converted, open_saved
 from ickd.convert import Source, convert_checkpoint
 from ickd.export import check_deviation, deviation_between
 from ickd.hub import save_pretrained
@@ -69,7 +69,7 @@ def as_timm(network: Network) -> Network:
         raise UserError(f"timm has no network such as {network.name}", fix="use --to native")
     name = f"timm:{which.partition('.')[0]}"  # without which of several published weights
     theirs = open_network(name, num_classes=network.options.get("num_classes"))
-    fill(theirs, network.net.state_dict())
+    theirs.eval().fill(network.net.state_dict())
     deviation = deviation_between(network.net, theirs.net, theirs, _SIZE)
     check_deviation(deviation, "safetensors", "timm's network")
     return theirs

@@ -1,6 +1,8 @@
 """data: the embedded tasks on disk."""
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from ickd.commands.common import at_least
@@ -8,6 +10,8 @@ from ickd.data import write_parquet
 from ickd.data.voc import write_voc
 from ickd.synthetic import (
     BLOB_CLASSES,
+    BLOBS_SIZE,
+    GRATINGS_SIZE,
     GratingClasses,
     bound_gratings,
     grating_class_names,
@@ -44,24 +48,40 @@ def data(
         raise UserError(f"--task must be one of {', '.join(tasks)}, got {task!r}")
     counts = [given or usual for given, usual in zip((train, test), tasks[task], strict=True)]
     folder = out or Path(task)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fix = "choose another --out, or remove it"
+        raise UserError("there are files already", where=str(folder), fix=fix)
+    seeds = train_seed, test_seed
     if task == "bound-gratings":
-        seeds = (train_seed, test_seed)
-        train_part, test_part = (
-            bound_gratings(count, seed, classes=classes)
-            for count, seed in zip(counts, seeds, strict=True)
-        )
-        write_parquet(
-            {"train": train_part, "test": test_part}, folder, grating_class_names(classes)
-        )
-        how = f"--data.source parquet --data.root {folder} --data.image_size 16"
+        how = _write_gratings(folder, counts, seeds, classes)
     else:
-        blobs = textured_blobs(counts[0], train_seed)
-        write_voc(blobs.image, blobs.label, folder, "train")
-        blobs = textured_blobs(counts[1], test_seed)
-        write_voc(blobs.image, blobs.label, folder, "val")
-        how = (
-            f"--config blobs --data.source voc --data.root {folder} --data.base_size 24 "
-            f"--data.class_names '{json.dumps(BLOB_CLASSES)}'"
-        )
-    print(f"wrote {counts[0]} training and {counts[1]} test images to {folder}; read them with")
-    print(f"  {how}")
+        how = _write_blobs(folder, counts, seeds)
+    print(f"wrote {counts[0]} training and {counts[1]} test images to {folder}; learn from them:")
+    print(f"  ickd fit {shlex.join(how)}")
+
+
+def _write_gratings(
+    folder: Path, counts: Sequence[int], seeds: Sequence[int], classes: GratingClasses
+) -> list[str]:
+    """Parquet files; returned are the arguments of fit that read them."""
+    import datasets
+
+    datasets.disable_progress_bars()  # those of its steps; the writer shows how far all is
+    train, test = (
+        bound_gratings(count, seed, classes=classes)
+        for count, seed in zip(counts, seeds, strict=True)
+    )
+    names, size = grating_class_names(classes), str(GRATINGS_SIZE)
+    write_parquet({"train": train, "test": test}, folder, names)
+    reader = ["--data.source", "parquet", "--data.root", str(folder), "--data.image_size", size]
+    return [*reader, "--classes", str(len(names))]
+
+
+def _write_blobs(folder: Path, counts: Sequence[int], seeds: Sequence[int]) -> list[str]:
+    """A tree as VOC's; returned are the arguments of fit that read it."""
+    for split, count, seed in zip(("train", "val"), counts, seeds, strict=True):
+        blobs = textured_blobs(count, seed)
+        write_voc(blobs.image, blobs.label, folder, split)
+    reader = ["--config", "blobs", "--data.source", "voc", "--data.root", str(folder)]
+    reader += ["--data.base_size", str(BLOBS_SIZE), "--data.class_names", json.dumps(BLOB_CLASSES)]
+    return reader

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from ickd import report
 from ickd.commands.common import at_least
 from ickd.commands.compare import TOY_WEIGHTS, parse_names, signed, tell
-from ickd.comparison import PLAIN, Comparison, compare_losses
+from ickd.comparison import compare_losses
 from ickd.diagnostics import Diversity, diversity, fit_channel_map
 from ickd.module import load_student, make_data
 from ickd.networks import Network
+from ickd.scores import ALONE, Comparison
 from tenfold.errors import UserError
 
 
@@ -21,12 +22,14 @@ class Task(NamedTuple):
     """An embedded task.
 
     Attributes:
+        folder: for the results if none is named; of each task its own.
         recipe: of its students.
         losses: that are compared if none are named.
         ours: the loss that stands for the paper.
         title: of the picture of channel correlations.
     """
 
+    folder: str
     recipe: str
     losses: str
     ours: str
@@ -35,12 +38,14 @@ class Task(NamedTuple):
 
 TASKS = {
     "bound-gratings": Task(
+        "ickd-demo",
         "demo",
         "none,kd,ickd,kd+ickd",
         "ickd",
         "How the channels of the last map relate, test images of bound-gratings",
     ),
     "textured-blobs": Task(
+        "ickd-demo-blobs",
         "blobs",
         "none,kd,ickd_grid:1x1,ickd_grid:6x6",
         "ickd_grid:6x6",
@@ -53,7 +58,7 @@ SHOWN = 6  # images of the picture of segmentations
 def demo(
     *,
     task: str = "bound-gratings",
-    out: Path = Path("ickd-demo"),
+    out: Path | None = None,
     seeds: int = 3,
     losses: str | None = None,
     epochs: int | None = None,
@@ -65,7 +70,8 @@ def demo(
 
     Args:
         task: bound-gratings (classification), or textured-blobs (segmentation, by grid).
-        out: folder for checkpoints, tables and pictures.
+        out: folder for checkpoints, tables and pictures; ickd-demo, or ickd-demo-blobs of
+            textured-blobs, if left out.
         seeds: number of seeds, 0, 1, 2 and so on; students of one seed start alike.
         losses: with commas between them; the plain student and ICKD are always there.
         epochs: of every student, those of the recipe if left out.
@@ -75,10 +81,11 @@ def demo(
     if task not in TASKS:
         raise UserError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
     plan = TASKS[task]
+    out = out or Path(plan.folder)
     names = parse_names(losses or plan.losses)
     found = compare_losses(
         plan.recipe,
-        list(dict.fromkeys([*names, PLAIN, plan.ours])),
+        list(dict.fromkeys([*names, ALONE, plan.ours])),
         out,
         seeds=range(seeds),
         weights=TOY_WEIGHTS,
@@ -92,7 +99,7 @@ def demo(
     networks = {
         "teacher": load_student(out / "teacher-0"),
         plan.ours: load_student(out / plan.ours / "0"),
-        PLAIN: load_student(out / PLAIN / "0"),
+        ALONE: load_student(out / ALONE / "0"),
     }
     images = make_data(plan.recipe, data)
     seen = channel_relations(networks, images)
@@ -103,7 +110,7 @@ def demo(
 
 def headline(found: Comparison, ours: str) -> str:
     """The demo's result in a sentence."""
-    wins = [a - b for a, b in zip(found.scores[ours], found.scores[PLAIN], strict=True)]
+    wins = found.differences(ours) or []
     better = sum(win > 0 for win in wins)
     beside = found.difference(ours, "kd")
     more = f"; against kd {signed(beside)}" if beside else ""
@@ -143,13 +150,15 @@ def draw(
     out: Path,
 ) -> dict[str, Figure]:
     """The pictures beside those of a comparison."""
-    logs = [out / name / "0/metrics.csv" for name in (plan.ours, PLAIN)]
-    figures = {
-        "icc": report.icc_triptych(*(seen[name] for name in networks), heading=plan.title),
-        "training": report.training_curves(logs[0], {"plain student": logs[1]}),
-    }
+    logs = [out / name / "0/metrics.csv" for name in (plan.ours, ALONE)]
+    triptych = report.icc_triptych(*(seen[name] for name in networks), heading=plan.title)
+    figures = {"icc": triptych}
+    if all(log.is_file() for log in logs):  # runs of a few steps log nothing
+        heading = f"Students of seed 0: with {plan.ours}, and the plain one"
+        others = {"plain student": logs[1]}
+        figures["training"] = report.training_curves(logs[0], others, heading=heading)
     if found.metric == "mIoU":
-        grids = {n: s for n, s in found.scores.items() if n == PLAIN or n.startswith("ickd_grid:")}
+        grids = {n: s for n, s in found.scores.items() if n == ALONE or n.startswith("ickd_grid:")}
         named = {name.removeprefix("ickd_grid:").replace("x", "×"): s for name, s in grids.items()}
         figures["grids"] = report.grid_bars(named, teacher=found.teacher)
         figures["masks"] = overlays(networks, images)

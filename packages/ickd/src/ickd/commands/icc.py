@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -18,21 +19,25 @@ from ickd.diagnostics import (
     ChannelMapFit,
     Diversity,
     DiversityMeter,
-    Lift,
     cell_distances,
     cell_icc,
 )
 from ickd.networks import Network, load_pretrained
 from ickd.report import CellCorrelations, icc_cells, icc_triptych, save_all
 from ickd.report.cells import MOST_CELLS
+from ickd.report.correlation import DISTANCE, HOMOLOGY
 from ickd.taps import find_module
 from ickd.taps import tap as tap_modules
 from tenfold.device import pick_device
 from tenfold.errors import UserError
 from tenfold.images import image_files, read_image
 from tenfold.progress import track
+from tenfold.verbs import numbered
 
 ROLES = ("Teacher", "Distilled student", "Plain student")
+FIGURES = "icc.json"
+PIXELS_PER_CHANNEL = 10
+"""Pixels for each channel of a student below which a map from its channels is hardly a fit."""
 
 
 def icc(
@@ -41,7 +46,7 @@ def icc(
     images: Path,
     other: str | None = None,
     plain: str | None = None,
-    out: Path = Path("icc"),
+    out: Path | None = None,
     tap: str | None = None,
     student_tap: str | None = None,
     grid: list[int] | None = None,
@@ -56,9 +61,11 @@ def icc(
 ) -> None:
     """Draw the channel correlations of a network, or of a teacher and its students.
 
-    The students' maps are brought to the teacher's channels by a 1x1 map that least squares fits
-    on every second image; all figures are of the other images. Writes icc.png, icc.json, and with
-    a grid icc_cells.png.
+    The students' maps are brought to the teacher's channels by a linear (1x1) map that least
+    squares fits on every second image; all figures are of the other images. Channels are drawn in
+    the order of a clustering of the teacher's. Where there are fewer than 10 pixels to fit on for
+    each channel of a student, its distance is marked as unreliable. Writes icc.png, icc.json, and
+    with a grid icc_cells.png.
 
     Args:
         model: a network such as timm:resnet18, a checkpoint, the folder of a run, or a model
@@ -66,14 +73,15 @@ def icc(
         images: folder of image files.
         other: the student that learned from it.
         plain: a student that did not.
-        out: folder for the pictures and figures.
+        out: folder for icc.png, which says what its figures mean, and icc.json; icc if left out,
+            or icc-2, icc-3 and so on, where those before hold some.
         tap: module whose output is looked at; what ICKD compares if left out, see ickd taps.
         student_tap: likewise of the students; the teacher's own tap is not taken for theirs.
         grid: rows and columns of cells, such as [4,4], for the picture of ICKD-S.
         limit: at most so many images, spread evenly over the folder.
         batch: images that are run at once.
-        image_size: side of the square that is cut out of every image; what the networks tell if
-            left out, else images are taken as they are.
+        image_size: side of the square that is cut out of every image; if left out, what the
+            networks were trained on, else what they expect, else images are taken as they are.
         num_classes: of networks that are named.
         pretrained: fill networks that are named with the weights that timm or torchvision publish.
         names: titles in the pictures, one for each network.
@@ -94,20 +102,30 @@ def icc(
     probes = [_open(name, at, num_classes, pretrained, place) for name, at in given]
     alone = [probes[0].network.name]
     titles = names or (list(ROLES[: len(given)]) if len(given) > 1 else alone)
-    size = image_size or max((probe.size or 0 for probe in probes), default=0) or None
+    size, whose = (image_size, "as given") if image_size else _common_size(probes)
     files = _choose(images, limit)
     reader = _Reader(size, batch, skip=on_error == "skip")
-    found, grids = _measure(probes, files, reader, cells)
+    measured = _measure(probes, files, reader, cells)
     for path in reader.skipped:
         print(f"skipped {path}")
-    figures = {"icc": icc_triptych(*found, names=titles)}
-    if grids:
-        figures["icc_cells"] = icc_cells(*grids, image=reader.shown, names=titles)
+    looks = {"names": titles, "doubtful": measured.doubtful}
+    figures = {"icc": icc_triptych(*measured.found, **looks)}
+    if measured.grids:
+        figures["icc_cells"] = icc_cells(*measured.grids, image=reader.shown, **looks)
+    out = out or next(f for f in numbered(Path("icc")) if not (f / FIGURES).exists())
+    done = _write(out, figures, _facts(probes, measured, titles, reader))
+    print(_told(measured, reader, whose))
+    print(_table(probes, measured))
+    print("\n".join([HOMOLOGY, DISTANCE] if other else [HOMOLOGY]))
+    print(done)
+
+
+def _write(out: Path, figures: Mapping[str, Figure], facts: Mapping[str, Any]) -> str:
+    """Pictures and figures into the folder; returned is a line that names them."""
+    done = "replaced" if (out / FIGURES).exists() else "wrote"
     written = save_all(figures, out)
-    facts = _facts(probes, found, titles, grids)
-    (out / "icc.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    print(_table(probes, found))
-    print("wrote " + ", ".join(map(str, [*written, out / "icc.json"])))
+    (out / FIGURES).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return f"{done} " + ", ".join(map(str, [*written, out / FIGURES]))
 
 
 class _Probe(NamedTuple):
@@ -117,13 +135,13 @@ class _Probe(NamedTuple):
         name: as it was given.
         network: in eval mode, where it runs.
         tap: name of a module, None for what ICKD compares.
-        size: side of the images that it expects, None where it does not tell.
+        trained: side of the images that it was trained on, None where its file does not tell.
     """
 
     name: str
     network: Network
     tap: str | None
-    size: int | None
+    trained: int | None
 
     @torch.no_grad()
     def maps(
@@ -162,6 +180,7 @@ class _Reader:
 
     Attributes:
         skipped: files that could not be read, if these are to be skipped.
+        shape: channels, height and width of all images, once one was read.
         shown: the first image of the latest `batches`, (height, width, 3) in 0..1.
     """
 
@@ -169,7 +188,7 @@ class _Reader:
         self.size, self.batch, self.skip = size, batch, skip
         self.skipped: list[Path] = []
         self.shown: np.ndarray | None = None
-        self._shape: tuple[int, ...] | None = None
+        self.shape: tuple[int, ...] | None = None
 
     def batches(self, files: Sequence[Path]) -> Iterator[tuple[Tensor, list[Path]]]:
         """Pixels in 0..1 (batch, 3, height, width), and their files.
@@ -206,21 +225,37 @@ class _Reader:
         if self.size is not None:  # the middle, its shorter side brought to the size
             picture = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BILINEAR)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-        if self._shape is not None and tuple(image.shape) != self._shape:
-            first = "x".join(map(str, self._shape[1:]))
+        if self.shape is not None and tuple(image.shape) != self.shape:
+            first = "x".join(map(str, self.shape[1:]))
             what = f"{picture.height}x{picture.width} pixels, where other images have {first}"
             raise UserError(what, where=str(path), fix="give --image-size, such as 224")
-        self._shape = tuple(image.shape)
+        self.shape = tuple(image.shape)
         return image
+
+
+class _Measured(NamedTuple):
+    """What was measured of every network.
+
+    Attributes:
+        found: its figures.
+        grids: its correlations in cells; empty without a grid.
+        fitted: images that the students' maps were fitted on.
+        doubtful: positions of the students whose distance says little.
+    """
+
+    found: list[Diversity]
+    grids: list[CellCorrelations]
+    fitted: int
+    doubtful: list[int]
 
 
 def _open(
     name: str, tap: str | None, num_classes: int | None, pretrained: bool, place: torch.device
 ) -> _Probe:
-    size = None
+    trained = None
     if Path(name).exists():
         saved = open_saved(name)
-        network, size = saved.network, saved.image_size
+        network, trained = saved.network, saved.image_size
     else:
         options = {} if num_classes is None else {"num_classes": num_classes}
         network = open_model(name, **options)
@@ -230,7 +265,18 @@ def _open(
             print(f"{name} has random weights; give a checkpoint, or --pretrained true")
     if tap is not None:
         find_module(network.net, tap)
-    return _Probe(name, network.to(place), tap, network.expects.size or size)
+    return _Probe(name, network.to(place), tap, trained)
+
+
+def _common_size(probes: Sequence[_Probe]) -> tuple[int | None, str]:
+    """The side of the images, and in words whose it is; None for their own."""
+    trained = [(probe.trained, f"as {probe.name} was trained") for probe in probes]
+    expected = [(probe.network.expects.size, f"as {probe.name} expects") for probe in probes]
+    for choices in (trained, expected):
+        known = [(size, whose) for size, whose in choices if size]
+        if known:
+            return max(known, key=lambda choice: choice[0])
+    return None, "their own size"
 
 
 def _check_grid(grid: list[int] | None, other: str | None) -> tuple[int, int] | None:
@@ -258,13 +304,15 @@ def _measure(
     files: Sequence[Path],
     reader: _Reader,
     grid: tuple[int, int] | None,
-) -> tuple[list[Diversity], list[CellCorrelations]]:
+) -> _Measured:
     """The figures of every network, and where there is a grid the correlations in its cells."""
     several = len(probes) > 1 and len(files) > 1
     fitted, measured = (files[::2], files[1::2]) if several else (files, files)
     if len(probes) > 1 and not several:
         print("a single image: the 1x1 map is fitted on it too, so that distances are too small")
-    lifts = _fit(probes, fitted, reader) if len(probes) > 1 else [None]
+    fits = _fit(probes, fitted, reader)
+    doubtful = [k for k, fit in enumerate(fits, start=1) if not several or _is_short(fit)]
+    lifts = [None, *(fit.solve() for fit in fits)]
     meters = [DiversityMeter(lift) for lift in lifts]
     first: list[Tensor] = []
     totals = [torch.zeros(()) for _ in probes]
@@ -280,20 +328,24 @@ def _measure(
     if not first:
         raise UserError("there is no readable image", where=str(files[0].parent))
     found = [meter.result() for meter in meters]
+    images = len(fitted) - sum(path in fitted for path in reader.skipped) if fits else 0
+    measured = _Measured(found, [], images, doubtful)
     if grid is None:
-        return found, []
+        return measured
     correlations = [
         cell_icc(map_, grid, "cosine", lift) for map_, lift in zip(first, lifts, strict=True)
     ]
-    images = found[0].images
-    distances = [None, *(total / images for total in totals[1:])]
+    count = found[0].images
+    distances = [None, *(total / count for total in totals[1:])]
     pairs = zip(correlations, distances, strict=True)
-    return found, [CellCorrelations(*pair, images) for pair in pairs]
+    return measured._replace(grids=[CellCorrelations(*pair, count) for pair in pairs])
 
 
-def _fit(probes: Sequence[_Probe], files: Sequence[Path], reader: _Reader) -> list[Lift | None]:
-    """The maps from each student's channels to the teacher's; none for the teacher."""
+def _fit(probes: Sequence[_Probe], files: Sequence[Path], reader: _Reader) -> list[ChannelMapFit]:
+    """What maps each student's channels to the teacher's, who is the first."""
     fits = [ChannelMapFit() for _ in probes[1:]]
+    if not fits:
+        return []
     for pixels, paths in track(reader.batches(files), label="fitting"):
         teacher, *students = (probe.maps(pixels, paths) for probe in probes)
         for fit, student in zip(fits, students, strict=True):
@@ -301,20 +353,33 @@ def _fit(probes: Sequence[_Probe], files: Sequence[Path], reader: _Reader) -> li
     if not all(fit.moments.pixels for fit in fits):
         raise UserError("there is no readable image to fit the 1x1 map on")
     for probe, fit in zip(probes[1:], fits, strict=True):
-        pixels, channels = fit.moments.pixels, fit.channels
-        if pixels < 10 * channels:
+        if _is_short(fit):
             print(
-                f"{probe.name}: {pixels} pixels for a map from {channels} channels are few; more "
-                "images give a truer distance"
+                f"{probe.name}: {fit.moments.pixels} pixels for a map from {fit.channels} channels "
+                "are few: its distance is unreliable; more images give a truer one"
             )
-    return [None, *(fit.solve() for fit in fits)]
+    return fits
 
 
-def _table(probes: Sequence[_Probe], found: Sequence[Diversity]) -> str:
+def _is_short(fit: ChannelMapFit) -> bool:
+    return fit.moments.pixels < PIXELS_PER_CHANNEL * fit.channels
+
+
+def _told(measured: _Measured, reader: _Reader, whose: str) -> str:
+    """Which images the figures are of."""
+    size = "x".join(map(str, (reader.shape or ())[1:]))
+    line = f"{measured.found[0].images} images at {size} pixels ({whose})"
+    if not measured.fitted:
+        return line
+    return f"{line}; the students' maps to the teacher's channels are fitted on {measured.fitted}"
+
+
+def _table(probes: Sequence[_Probe], measured: _Measured) -> str:
     head = ["network", "tap", "channels", "effective rank", "homologous pairs", "dead channels"]
     rows = [[*head, "ICC distance"]]
-    for probe, figures in zip(probes, found, strict=True):
+    for k, (probe, figures) in enumerate(zip(probes, measured.found, strict=True)):
         distance = "–" if figures.icc_distance is None else f"{figures.icc_distance:.3f}"
+        distance += " (unreliable)" if k in measured.doubtful else ""
         rows.append(
             [
                 probe.name,
@@ -330,15 +395,12 @@ def _table(probes: Sequence[_Probe], found: Sequence[Diversity]) -> str:
 
 
 def _facts(
-    probes: Sequence[_Probe],
-    found: Sequence[Diversity],
-    titles: Sequence[str],
-    grids: Sequence[CellCorrelations],
+    probes: Sequence[_Probe], measured: _Measured, titles: Sequence[str], reader: _Reader
 ) -> dict[str, Any]:
     """What the table says and more, as plain values."""
     networks = []
-    for k, (probe, figures, title) in enumerate(zip(probes, found, titles, strict=True)):
-        cells = grids[k].distances if grids else None
+    for k, (probe, figures, title) in enumerate(zip(probes, measured.found, titles, strict=True)):
+        cells = measured.grids[k].distances if measured.grids else None
         networks.append(
             {
                 "title": title,
@@ -350,8 +412,10 @@ def _facts(
                 "homology_ratio": figures.homology_ratio,
                 "dead_channels": figures.dead,
                 "icc_distance": figures.icc_distance,
+                "reliable": k not in measured.doubtful if k else None,
                 "cell_distances": None if cells is None else cells.tolist(),
                 "singular_values": figures.spectrum.tolist(),
             }
         )
-    return {"images": found[0].images, "networks": networks}
+    images = {"images": measured.found[0].images, "fitted_images": measured.fitted}
+    return {**images, "image_size": list(reader.shape or ())[1:], "networks": networks}

@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     published: str = ""
 
 
-def zoo(action: Literal["list", "show"], name: str | None = None) -> None:
+def zoo(action: Literal["list", "show"] = "list", name: str | None = None) -> None:
     """List the networks of the package, or show the stages of one.
 
     Args:
@@ -69,7 +69,8 @@ def entry(name: str) -> Entry:
     with torch.device("meta"):
         network = open_network(name).eval()
     net: Any = network.net  # of ours: it has taps
-    size = _usual_size(name)
+    # a segmenter's example is smaller than its images, to be quick
+    size = 513 if name.startswith("deeplab") else network.example_size
     shape = (len(network.expects.mean), size, size)
     with torch.no_grad(), count_layers(net) as macs:
         tap = net.taps(torch.empty((1, *shape), device="meta")).signal("last")
@@ -82,14 +83,6 @@ def entry(name: str) -> Entry:
     if kind == "deeplab":
         published = f"{_MIOU[which]:.2f} mIoU"
     return Entry(cost, tuple(tap.shape[1:]), published)
-
-
-def _usual_size(name: str) -> int:
-    """Side of the images that a network of the package is made for."""
-    kind, _, which = name.partition(":")
-    if kind == "embedded":
-        return 24 if which.startswith("blobs") else 16
-    return {"zoo": 32, "deeplab": 513}[kind]
 
 
 def _list_text() -> str:
@@ -111,15 +104,15 @@ def _show_text(name: str) -> str:
     name = _full_name(name)
     cost, _, published = entry(name)
     network = open_network(name).eval()
-    size = _usual_size(name)
-    points = list_points(network, example_images(network, (cost.input[0], size, size)))
+    points = list_points(network, example_images(network, cost.input))
     rows = [["tap", "output", ""]]
     for point in points:
         if point.suggested:
             assert point.shape is not None
             mark = "compared by ickd" if point.suggested == "ickd" else ""
             rows.append([point.name, "x".join(map(str, point.shape)), mark])
-    facts = f"{cost.parameters:,} parameters, {millions(cost.macs)} MACs at {size}x{size}"
+    side = cost.input[1]
+    facts = f"{cost.parameters:,} parameters, {millions(cost.macs)} MACs at {side}x{side}"
     lines = [f"{name}: {facts}", *([f"published without a teacher: {published}"] * bool(published))]
     mean, std = (", ".join(f"{v:g}" for v in values) for values in network.expects[:2])
     lines.append(f"normalises pixels in 0..1 by mean {mean} and std {std}")

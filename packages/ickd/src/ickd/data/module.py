@@ -3,6 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ickd.data.contents import content_hash
+from ickd.data.offenders import Offenders
 from ickd.data.pixels import Batch, PixelItems, Pixels
 from ickd.data.transforms import (
     eval_transform,
@@ -21,9 +24,17 @@ from ickd.data.transforms import (
     train_transform,
 )
 from ickd.synthetic import GRATINGS_SIZE, GratingClasses, bound_gratings, grating_class_names
-from tenfold.data import DataModule, Loader, Subset, TensorSubset
+from tenfold.data import DataModule, EpochSampler, Loader, Subset, TensorSubset
 from tenfold.errors import UserError
-from tenfold.images import SOURCES, ImageItems, Split, Splits, image_files, read_parquet
+from tenfold.images import (
+    SOURCES,
+    ImageItems,
+    Split,
+    Splits,
+    image_files,
+    read_image,
+    read_parquet,
+)
 
 GENERATED, UNLABELLED = "generated", "images"
 CIFAR = ("cifar10", "cifar100")
@@ -35,7 +46,6 @@ _TEACHER_SIZES = {"fine16": 4000}
 _TEACHER_SIZE = 5000  # of the other tasks
 _SMALLEST = 8  # pixels a side
 _UNCROPPED = 64  # pixels a side up to which evaluation takes the whole image
-_SAMPLE = 256  # images that a fingerprint looks at
 _DECODED_AT_ONCE = 256
 
 
@@ -134,7 +144,7 @@ class ImageData(DataModule):
             eval_batch_size: images in a batch elsewhere.
             workers: loading processes; images in memory are fastest with 0.
             seed: of order, augmentation, subset and splits; generated images are the same for all.
-            on_bad_item: "raise", or "skip" unreadable images and count them.
+            on_bad_item: "raise", which names up to ten unreadable images, or "skip" and count them.
 
         Raises:
             UserError: an option that does not exist, or options that do not go together.
@@ -254,20 +264,22 @@ class ImageData(DataModule):
     def fingerprint(self) -> dict[str, Any]:
         """What the training images are, in plain values: cached features belong to it.
 
-        The number and all labels count, and of the pixels, as networks see them, those of up to
-        256 images.
+        All labels and all images count, see `content_hash`, whether they are decoded in advance or
+        not.
+
+        Raises:
+            UserError: a file is missing.
         """
-        items = self._items("train")
-        labels = self.train_labels().numpy()
-        pixels = 0
-        for row in range(0, len(items), max(1, len(items) // _SAMPLE)):
-            pixels = zlib.crc32(items[row].image.numpy().tobytes(), pixels)
+        labels = self.train_labels()
+        generated = self.source == GENERATED
+        images = [self._in_memory("train").image] if generated else self._splits["train"].sources
         return {
             "source": self.source,
             "classes": self.class_names,
-            "items": len(items),
-            "labels": zlib.crc32(labels.tobytes()),
-            "pixels": pixels,
+            "items": len(labels),
+            "labels": zlib.crc32(labels.numpy().tobytes()),
+            "size or crop": (self.image_size, self.crop),
+            "images": content_hash(images, self.hparams["root"] or "."),
         }
 
     # -- items ---------------------------------------------------------------------------------
@@ -325,6 +337,18 @@ class ImageData(DataModule):
         if not batches:
             raise UserError(f"no image of {split} is usable", where=str(self.hparams["root"]))
         return Pixels(*(torch.cat(field) for field in zip(*batches, strict=True)))
+
+    def _loader(
+        self, split: str, dataset: Any, batch_size: int, sampler: EpochSampler | None = None
+    ) -> Loader:
+        """A loader that names up to ten unreadable images at once, where they are not skipped."""
+        loader = super()._loader(split, dataset, batch_size, sampler)
+        whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+        if self.on_bad_item == "raise" and isinstance(whole, ImageItems):
+            rows = dataset.indices if isinstance(dataset, Subset) else range(len(whole))
+            read = partial(_read_row, whole.sources, rows)  # no closure: it goes to the workers
+            self.bad_items[split] = loader.items.bad = Offenders(split, read, len(rows))
+        return loader
 
     # -- splits --------------------------------------------------------------------------------
 
@@ -400,6 +424,10 @@ class ImageData(DataModule):
         if not self.predict_files:
             raise UserError("no image in the folder", where=str(root))
         return ImageItems(self.predict_files, self.eval_transform, seed=self.seed)
+
+
+def _read_row(sources: Sequence[Any], rows: Sequence[int], number: int) -> None:
+    read_image(sources[rows[number]])
 
 
 def _tensor(labels: Sequence[int]) -> Int[Tensor, " items"]:

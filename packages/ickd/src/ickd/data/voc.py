@@ -5,8 +5,7 @@ of VOC that have none there.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from ickd.data.offenders import MOST_OFFENDERS, find_offenders
 from ickd.metrics import IGNORE
 from tenfold.errors import UserError
 from tenfold.images import read_image
@@ -43,9 +43,6 @@ VOC_CLASSES = (
     "train",
     "tvmonitor",
 )
-MOST_OFFENDERS = 10
-"""Unusable files that one error names."""
-
 _TREE = """{root}/
   VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,ImageSets/Segmentation}}   VOC 2012
   benchmark_RELEASE/dataset/{{img,cls,train.txt,val.txt}}   SBD, where it is used"""
@@ -53,7 +50,6 @@ _FROM = (
     "get VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC (and benchmark.tgz from "
     "the authors of SBD) and unpack it here"
 )
-_DECODERS = min(8, os.cpu_count() or 1)
 
 
 class SegmentationEntry(NamedTuple):
@@ -251,31 +247,11 @@ def check_entries(entries: Sequence[SegmentationEntry], num_classes: int) -> Non
         UserError: what is wrong with the first ten unusable files.
     """
 
-    def verdict(entry: SegmentationEntry) -> str | None:
-        try:
-            read_pair(entry, num_classes)
-        except UserError as error:
-            return f"{error.what} ({error.where})"
-        return None
+    def read(number: int) -> None:
+        read_pair(entries[number], num_classes)
 
-    bad: list[str] = []
-    for found in track(_in_parallel(verdict, entries), len(entries), "checking labels"):
-        bad += [found] if found else []
-        if len(bad) == MOST_OFFENDERS:
-            break
-    if bad:
-        most = f"the first {MOST_OFFENDERS}" if len(bad) == MOST_OFFENDERS else f"{len(bad)}"
-        fix = "mend them, or leave such items out with --data.on_bad_item skip"
-        raise UserError(f"{most} unusable of {len(entries)} items: {'; '.join(bad)}", fix=fix)
-
-
-def _in_parallel(
-    function: Callable[[SegmentationEntry], str | None], entries: Sequence[SegmentationEntry]
-) -> Iterator[str | None]:
-    """Results in order, some entries at a time: what comes after the tenth offender is not read."""
-    with ThreadPoolExecutor(_DECODERS) as pool:
-        for start in range(0, len(entries), 64):
-            yield from pool.map(function, entries[start : start + 64])
+    if error := find_offenders(read, len(entries), "checking labels"):
+        raise error
 
 
 def write_voc(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -59,11 +59,17 @@ def run_stage(stage: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     return cast(Block, last).with_preact(x)
 
 
-def init_convs(modules: Iterable[nn.Module]) -> None:
-    """Kaiming-normal over fan-out: standard deviation √(2 / (k² · out)) (He et al. 2015).
+def init_convs(
+    modules: Iterable[nn.Module], mode: Literal["fan_out", "fan_in"] = "fan_out"
+) -> None:
+    """Kaiming-normal: standard deviation √(2 / (k² · out)) (He et al. 2015), grouped or not.
 
     Batch norms start as torch makes them, with weight 1 and bias 0.
+
+    Args:
+        modules: those that are no convolutions stay as they are.
+        mode: "fan_in" takes the channels that a kernel reads instead of the outputs.
     """
     for module in modules:
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from ickd.taps import still
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int], channels: int = 3) -> int:
@@ -23,15 +24,12 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int], channels: in
 
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     like = next(model.parameters())
-    training = {module: module.training for module in model.modules()}
-    layers = [module for module in training if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
-        with torch.no_grad():
-            model.eval()(like.new_zeros(1, channels, *size))
+        with still(model):
+            model(like.new_zeros(1, channels, *size))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     return total

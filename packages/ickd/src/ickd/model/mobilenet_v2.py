@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ickd.model.base import TappedNet
+from ickd.model.base import TappedNet, init_convs
 from tenfold.distillation import Taps
 
 STAGES = (  # expansion, width, repeats, stride
@@ -86,7 +86,11 @@ class MobileNetV2(TappedNet):
             self.blocks.append(nn.Sequential(first, *rest))
         self.conv2 = _conv_bn_relu(widths[-1], _HEAD, 1, 1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Linear(_HEAD, num_classes))
+        classifier = nn.Linear(_HEAD, num_classes)
+        self.classifier = nn.Sequential(classifier)
+        init_convs(self.modules())
+        nn.init.normal_(classifier.weight, 0.0, 0.01)
+        nn.init.zeros_(classifier.bias)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of normalised images of any size."""

@@ -104,6 +104,7 @@ class WideResNet(TappedNet):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, num_classes)
         init_convs(self.modules())
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of normalised images of any size."""

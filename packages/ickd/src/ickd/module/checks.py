@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from ickd.module.objective import LossChoice, Objective
@@ -48,16 +48,22 @@ def check_classes(choices: Sequence[LossChoice], student: Taps, teacher: Taps | 
         raise UserError(
             f"{', '.join(compare)} compares logits, but the student has {ours} classes and the "
             f"teacher {theirs}",
-            fix="leave it out (ickd compares features), or give both the same classes",
+            fix="leave it out (ickd compares features), or give both the same classes, "
+            f"--model.teacher_options '{{\"num_classes\": {ours}}}'",
         )
 
 
 def check_strategy(objective: Objective, strategy: Any) -> None:
     """Refuse a strategy that wants every weight to learn in every step, where some wait.
 
+    And one that parts weights among processes before those of the teacher are read.
+
     Raises:
         UserError: names the strategy that can do it.
     """
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        what = "weights are read, and the teacher made faster, as whole tensors, which fsdp parts"
+        raise UserError(what, fix="use --trainer.strategy ddp")
     told = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
         "find_unused_parameters"
     )
@@ -69,11 +75,10 @@ def check_strategy(objective: Objective, strategy: Any) -> None:
 def warn_of_teacher(teacher: Network, student: Network, data: Any, *, trained: bool) -> None:
     """Tell of a teacher without weights, or that normalises unlike the data."""
     if not trained:
-        log.warning(
-            "the teacher %s has random weights; give --model.teacher_ckpt FILE or "
-            "--model.teacher_init pretrained",
-            teacher.name,
-        )
+        published = teacher.name.startswith(("timm:", "torchvision:"))
+        way = " or --model.teacher_init pretrained" if published else ""
+        what = "the teacher %s has random weights; give --teacher-ckpt FILE%s"
+        log.warning(what, teacher.name, way)
     theirs = teacher.expects
     if theirs[:2] == Input()[:2]:  # a module of one's own takes pixels as they are
         return
@@ -81,7 +86,7 @@ def warn_of_teacher(teacher: Network, student: Network, data: Any, *, trained: b
     pairs = zip(usual, (theirs.mean, theirs.std), strict=True)
     if any(ours and not _close(ours, them) for ours, them in pairs):
         log.warning(
-            "the teacher %s normalises by mean %s and std %s, as it was trained, the data's are "
+            "the teacher %s normalises by mean %s and std %s, the data's are "
             "%s and %s; the student keeps its own, %s and %s",
             teacher.name,
             *theirs[:2],
@@ -104,7 +109,7 @@ def warn_of_score(metric: str, teacher: float, student: float, chance: float) ->
         student: the student's, after its first epochs.
         chance: what guessing gives; 0 if nobody knows.
     """
-    reasons = "wrong checkpoint, normalisation or order of classes?"
+    reasons = "untrained, or wrong checkpoint, normalisation or order of classes?"
     if teacher < chance + min(0.5 * chance, 0.1):
         log.warning("the teacher is at chance (%s %.3f): %s", metric, teacher, reasons)
     elif teacher <= student:
@@ -157,7 +162,7 @@ def check_finite(
         return
     _check_features(teacher, taps, batch)
     if not torch.isfinite(sums[: len(own)]).all():
-        numbers = ", ".join(f"{name} {float(term):.4g}" for name, term in terms.items())
+        numbers = ", ".join(f"{name} {float(term.detach()):.4g}" for name, term in terms.items())
         what = "the student's loss or output is NaN or infinite"
         fix = "lower the learning rate, or the weight of the term that is not finite"
         raise UserError(f"{what}: {numbers}", fix=fix)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -39,7 +40,14 @@ from ickd.module.optimisation import (
     make_schedule,
     parameter_groups,
 )
-from ickd.module.starting import check_size, example_taps, freeze, load_start, make_network
+from ickd.module.starting import (
+    check_files,
+    check_size,
+    example_taps,
+    freeze,
+    load_start,
+    make_network,
+)
 from ickd.networks import Network
 from tenfold.device import Precision, autocast
 from tenfold.device import channels_last as to_channels_last
@@ -104,10 +112,12 @@ class Distiller(LightningModule):
             pairs: (tap of the student, tap of the teacher, weight), shallow to deep; if left out,
                 what both networks offer.
             losses: weights by name, {"ickd": 2.5, "kd": 1}, with options {"dkd": {"weight": 1,
-                "warmup": 20, "beta": 6}}, or names alone, "kd+ickd".
+                "warmup": 20, "beta": 6}}, or names alone, "kd+ickd". A warmup that is left out is
+                the loss's own, in epochs, and at most half of the run: 20 for dkd and reviewkd.
             num_classes: of both classifiers; those of the named networks if left out.
             ce_weight: factor of the cross-entropy; 0 needs no labels. If left out 1, and where a
-                lone loss has its usual weight, what goes with it (0.1 beside kd).
+                lone loss has its usual weight, what goes with it (0.1 beside kd); 0 beside
+                kd_mixed, which has the labels inside.
             student_init: "pretrained" starts from the weights that timm or torchvision publish.
             student_ckpt: file of weights to start from.
             teacher_init: as `student_init`.
@@ -121,7 +131,7 @@ class Distiller(LightningModule):
             optimizer: "sgd" or "adamw".
             lr: highest learning rate.
             weight_decay: of weights.
-            momentum: of SGD.
+            momentum: of SGD; "onecycle" moves it, or AdamW's first beta, between 0.95 and 0.85.
             nesterov: of SGD.
             schedule: "constant", "multistep", "cosine", "poly" or "onecycle".
             milestones: of "multistep": epochs after which the rate falls to a tenth.
@@ -173,6 +183,8 @@ class Distiller(LightningModule):
         self.quick: list[Any] = []  # a list: no second teacher in the state dict
         if self.hparams["channels_last"]:
             to_channels_last(self.student)
+            if self.teacher is not None:
+                to_channels_last(self.teacher)
         self.teacher_scored, self.predicted = False, 0
         self.told: set[str] = set()
         self._make_metrics()
@@ -224,13 +236,16 @@ class Distiller(LightningModule):
         check_strategy(self.objective, self.trainer.strategy)
         # every run has a frozen teacher, and nobody can act on this
         warnings.filterwarnings("ignore", "Found .* module.s. in eval mode")
+        self.objective.set_labels(data)
+        said = []
         for which, network in (("student", self.student), ("teacher", self.teacher)):
             if network is not None and (size := getattr(data, "image_size", None)):
-                check_size(which, network, size, named=which in self.hparams)
+                said.append(check_size(which, network, size, named=which in self.hparams))
+        if len(said) == 2:
+            self.objective.rehearse(*said)
         cache = self.hparams["teacher_cache"]
         if self.teacher is not None and cache not in (None, "memory") and not Path(cache).is_file():
             TeacherCache.open(cache, self.teacher, data)  # tells it before a teacher is trained
-        self.objective.set_labels(data)
 
     def on_fit_start(self) -> None:
         """Reads the weights that training starts from, and makes the teacher fast.
@@ -240,26 +255,34 @@ class Distiller(LightningModule):
         Raises:
             UserError: a file is missing or of another network, or features cannot be cached.
         """
-        cache = self.hparams["teacher_cache"]
         data: Any = getattr(self.trainer, "datamodule", None)
         self.cache, self.quick = None, []
+        if not self.trainer.ckpt_path:
+            check_files(self.hparams)
         load_start(self, "student", self.student)
         if self.teacher is None:
             return
         trained = load_start(self, "teacher", self.teacher)
         warn_of_teacher(self.teacher, self.student, data, trained=trained)
         self.objective.set_margins(self.teacher, data)
-        if cache is not None and data is None:
-            what = "teacher_cache finds features by the images of a data module, and there is none"
-            raise UserError(what, fix="leave teacher_cache out, or train on a data module")
-        if cache == "memory" and getattr(data, "deterministic", False):
-            self.cache = TeacherCache.compute(self.teacher, data)
-        elif cache not in (None, "memory"):
-            self.cache = TeacherCache.open(cache, self.teacher, data)
-        elif cache == "memory":
-            log.info("images are augmented: the teacher sees every one, teacher_cache has no use")
+        self.cache = self._cached_teacher(data)
         if self.cache is None:
             self.quick = [self._quick_teacher()]
+
+    def _cached_teacher(self, data: Any) -> TeacherCache | None:
+        cache, parts = self.hparams["teacher_cache"], self.objective.teacher_parts
+        if cache is None or not self.objective.choices:
+            return None
+        assert self.teacher is not None
+        if data is None:
+            what = "teacher_cache finds features by the images of a data module, and there is none"
+            raise UserError(what, fix="leave teacher_cache out, or train on a data module")
+        if cache != "memory":
+            return TeacherCache.open(cache, self.teacher, data, needs=parts)
+        if getattr(data, "deterministic", False):
+            return TeacherCache.compute(self.teacher, data, keep=parts)
+        log.info("images are augmented: the teacher sees every one, teacher_cache has no use")
+        return None
 
     def _quick_teacher(self) -> Any:
         assert self.teacher is not None
@@ -338,6 +361,7 @@ class Distiller(LightningModule):
             groups, given["optimizer"], lr, given["momentum"], given["nesterov"]
         )
         steps, per_epoch = self._steps()
+        self.objective.task_epochs = steps / per_epoch - init_epochs
         epochs = self.trainer.max_epochs
         if epochs is not None and 0 < epochs <= init_epochs:
             what = "all %d epochs prepare the task, which is never trained; take more of them"
@@ -410,6 +434,20 @@ class Distiller(LightningModule):
         """Tells the score of masks."""
         self._log_masks("test")
 
+    def on_fit_end(self) -> None:
+        """Says what the student started from."""
+        self._tell_start("fit")
+
+    def on_test_end(self) -> None:
+        """Says what the student started from."""
+        self._tell_start("test")
+
+    def _tell_start(self, stage: str) -> None:
+        given = self.hparams
+        start = given["student_ckpt"] or f"{given['student_init']} weights"
+        start = start.replace("scratch", "random") if "student" in given else "its module's weights"
+        rank_zero_info(f"{stage}: the student {self.student.name} started from {start}")
+
     def _log_masks(self, split: str) -> None:
         if self.dense:
             found = {f"{split}/{name}": value for name, value in self.score.compute().items()}
@@ -455,8 +493,12 @@ class Distiller(LightningModule):
                 {"image": image, **{f"class_{k}": n for k, n in enumerate(share.tolist())}}
                 for image, share in zip(images, shares, strict=True)
             ]
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ())
         rows = zip(images, label.tolist(), score.tolist(), strict=True)
-        return [{"image": image, "label": k, "score": p} for image, k, p in rows]
+        return [
+            {"image": image, "label": k, **({"class": names[k]} if names else {}), "score": p}
+            for image, k, p in rows
+        ]
 
 
 def _modules(**networks: object) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ickd.networks import Network, open_network
-from tenfold.checkpoint import compare_keys, load_state, strip_prefix
+from tenfold.checkpoint import load_state, strip_prefix
 from tenfold.errors import UserError
 from tenfold.training import LAST
 
@@ -35,9 +35,5 @@ def load_student(path: str | Path) -> Network:
     taps = [pair[0] for pair in arguments.get("pairs") or ()]
     options = {"num_classes": arguments.get("num_classes"), "taps": taps}
     network = open_network(name, **{**options, **(arguments.get("student_options") or {})})
-    state = strip_prefix(state, _STUDENT)
-    report = compare_keys(state, network.net.state_dict())
-    if not report.fits:
-        raise UserError(f"the weights are not of {name}: {report.summary()}", where=str(path))
-    network.net.load_state_dict(state)
+    network.fill(strip_prefix(state, _STUDENT), where=str(path))
     return network.eval()

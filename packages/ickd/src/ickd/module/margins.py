@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ickd.folding import BatchNorm
 from ickd.networks import Network
-from tenfold.distillation import Taps, margin_from_bn
+from tenfold.distillation import margin_from_bn
 from tenfold.distillation.ofd import margin_from_map
+
+_Norms = list[tuple[str, BatchNorm, Tensor]]
+"""Name, norm and output, in the order in which they ran."""
 
 
 @torch.no_grad()
@@ -24,14 +28,14 @@ def teacher_margins(teacher: Network, pixels: Tensor) -> list[Tensor]:
         teacher: in eval mode, with its weights.
         pixels: a batch of training images.
     """
-    norms: list[tuple[str, nn.BatchNorm2d, Tensor]] = []
+    norms: _Norms = []
     finished: dict[int, int] = {}
     kept: list[Tensor] = []
     hooks = []
     for name, module in teacher.net.named_modules():
 
         def note(made: Any, _: Any, output: Any, name: str = name) -> None:
-            if isinstance(made, nn.BatchNorm2d):
+            if isinstance(made, BatchNorm):
                 norms.append((name, made, output))
             elif isinstance(output, Tensor):
                 finished[id(output)] = len(norms)
@@ -41,22 +45,16 @@ def teacher_margins(teacher: Network, pixels: Tensor) -> list[Tensor]:
     taps = teacher.taps(pixels)
     for hook in hooks:
         hook.remove()
-    after = dict(zip(map(id, taps.preacts), taps.maps, strict=False))
-    return [
-        _margin(preact, norms[: finished.get(id(after.get(id(preact))), 0)], norms)
-        for preact in _stages(taps)
-    ]
+    after = dict(zip(map(id, taps.preacts), map(id, taps.maps), strict=False))
+    margins = []
+    for preact in taps.signal("preact_stages"):
+        # some networks have a module that gives the map, some one that gives the sum before it
+        count = finished.get(after.get(id(preact), 0), finished.get(id(preact), 0))
+        margins.append(_margin(preact, norms[:count], norms))
+    return margins
 
 
-def _stages(taps: Taps) -> list[Tensor]:
-    return taps.signal("preact_stages")
-
-
-def _margin(
-    preact: Tensor,
-    before: list[tuple[str, nn.BatchNorm2d, Tensor]],
-    norms: list[tuple[str, nn.BatchNorm2d, Tensor]],
-) -> Tensor:
+def _margin(preact: Tensor, before: _Norms, norms: _Norms) -> Tensor:
     """Of one stage: by its own norm, by the last of the residual path, or as measured."""
     for _, norm, output in norms:
         if output is preact:

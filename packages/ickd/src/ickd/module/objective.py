@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ickd.cache import named_parts
 from ickd.metrics import IGNORE
 from ickd.module.batches import as_batch
 from ickd.module.margins import teacher_margins
 from ickd.networks import Network
+from ickd.taps import still
 from tenfold.distillation import (
     CRDLoss,
     DistillationLoss,
     FTLoss,
     ICCLoss,
     OFDLoss,
+    ReviewKDLoss,
     Taps,
     loss_class,
 )
@@ -44,13 +47,14 @@ class LossChoice:
     Attributes:
         name: as `tenfold.distillation.get_loss` knows it.
         weight: its factor.
-        warmup: epochs over which the factor grows to its full value.
+        warmup: epochs over which the factor grows to its full value; None for those that the loss
+            usually has, and at most half of the run.
         options: arguments of its constructor.
     """
 
     name: str
     weight: float
-    warmup: int = 0
+    warmup: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -63,6 +67,9 @@ def parse_losses(losses: str | Mapping[str, Any] | None) -> list[LossChoice]:
     Raises:
         UserError: an unknown loss, or a weight that is no number.
     """
+    if not isinstance(losses, str | Mapping | None):
+        what = f"losses are names or weights by name, got {losses!r:.60}"
+        raise UserError(what, fix='write "kd+ickd" or {"ickd": 2.5, "kd": 1}')
     if isinstance(losses, str):
         losses = dict.fromkeys(part.strip() for part in losses.split("+"))
     choices = []
@@ -72,13 +79,16 @@ def parse_losses(losses: str | Mapping[str, Any] | None) -> list[LossChoice]:
         loss_class(name)  # tells of an unknown one
         given = dict(value) if isinstance(value, Mapping) else {"weight": value}
         weight: Any = given.pop("weight", None)
-        warmup: Any = given.pop("warmup", 0)
+        warmup: Any = given.pop("warmup", None)
         weight = usual_weight(name, alone=len(losses or {}) == 1) if weight is None else weight
-        for what, number in (("weight", weight), ("warmup", warmup)):
-            sound = isinstance(number, int | float) and math.isfinite(number) and number >= 0
-            if not sound:
+        for what, number in (("weight", weight), ("warmup", warmup or 0)):
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if not (is_number and math.isfinite(number) and number >= 0):
                 raise UserError(f"the {what} of {name} must be 0 or more, got {number!r}")
-        choices.append(LossChoice(name, float(weight), int(warmup), given))
+        if warmup is not None and warmup != int(warmup):
+            raise UserError(f"the warmup of {name} is a number of epochs, got {warmup}")
+        warmup = None if warmup is None else int(warmup)
+        choices.append(LossChoice(name, float(weight), warmup, given))
     return choices
 
 
@@ -92,16 +102,21 @@ def usual_weight(name: str, *, alone: bool) -> float:
 def usual_ce_weight(losses: str | Mapping[str, Any] | None) -> float:
     """The factor of the cross-entropy where none is given: 1, but for a lone loss its own.
 
-    A loss whose weight is given leaves it at 1, too.
+    A loss whose weight is given leaves it at 1, too; one with the labels inside (kd_mixed) makes
+    it 0, beside others as well.
     """
     names = losses.split("+") if isinstance(losses, str) else list(losses or {})
+    names = [name.strip() for name in names if name.strip() != "none"]
+    if any(loss_class(name).default_ce_weight == 0 for name in names):
+        return 0.0
     given = isinstance(losses, Mapping) and any(
         (value.get("weight") if isinstance(value, Mapping) else value) is not None
         for value in losses.values()
     )
-    if len(names) != 1 or given or names[0].strip() == "none":
-        return 1.0
-    return loss_class(names[0].strip()).default_ce_weight
+    return 1.0 if len(names) != 1 or given else loss_class(names[0]).default_ce_weight
+
+
+_ALL_AT_ONCE = ("stages", "trunk", "preact_stages")
 
 
 class Objective(nn.Module):
@@ -119,6 +134,8 @@ class Objective(nn.Module):
 
     Attributes:
         init_epochs: as it takes effect.
+        teacher_parts: what the losses read of the teacher, by the names of `TeacherCache`.
+        task_epochs: how long the task is trained behind them, as far as is known.
 
     Raises:
         UserError: losses without a teacher, or that these two networks cannot be compared with.
@@ -140,6 +157,7 @@ class Objective(nn.Module):
             raise UserError(f"init_epochs must be 0 or more, got {init_epochs}")
         self.choices, self.ce_weight = list(choices), ce_weight
         self.pairs = list(pairs)
+        self._check_pairs()
         if choices and teacher is None:
             names = ", ".join(choice.name for choice in choices)
             raise UserError(f"{names} need a teacher", fix="name one with --teacher")
@@ -148,11 +166,22 @@ class Objective(nn.Module):
             assert teacher is not None
             for key, ours, theirs, _ in self._places(choice, student, teacher):
                 self.losses[key] = _build(choice, ours, theirs)
+        self.teacher_parts = () if teacher is None else self._parts_read(student, teacher)
         prepares = [c.name for c in self.choices if prepares_first(c.name)]
         if prepares and not init_epochs:
             what = f"{', '.join(prepares)} prepare the student or an adaptor before the task"
             raise UserError(what, fix="give --model.init_epochs, such as 30")
         self.init_epochs = init_epochs if prepares else 0
+        self.task_epochs = math.inf
+
+    def _check_pairs(self) -> None:
+        for pair in self.pairs:
+            if not (math.isfinite(pair.weight) and pair.weight >= 0):
+                raise UserError(f"the weight of a pair must be 0 or more, got {pair.weight}")
+        whole = [c.name for c in self.choices if loss_class(c.name).signal in _ALL_AT_ONCE]
+        if whole and any(pair.weight != 1 for pair in self.pairs):
+            what = f"{', '.join(whole)} compares all pairs at once, their weights do not act on it"
+            raise UserError(what, fix="leave the weights of the pairs at 1")
 
     def _places(
         self, choice: LossChoice, student: Taps, teacher: Taps
@@ -165,6 +194,18 @@ class Objective(nn.Module):
             for index, pair in enumerate(self.pairs)
             for at_s, at_t in [(_at(student, index), _at(teacher, index))]
         ]
+
+    def _parts_read(self, student: Taps, teacher: Taps) -> tuple[str, ...]:
+        read: list[Tensor] = []
+        for choice in self.choices:
+            kind = loss_class(choice.name)
+            for _, _, theirs, _ in self._places(choice, student, teacher):
+                signal = theirs.signal(kind.signal)
+                read += signal if isinstance(signal, list) else [signal]
+                if issubclass(kind, ReviewKDLoss):  # compares two signals
+                    read.append(theirs.signal("pooled"))
+        parts = named_parts(teacher)
+        return tuple(n for n, value in parts.items() if any(value is one for one in read))
 
     @property
     def needs_taps(self) -> bool:
@@ -246,13 +287,42 @@ class Objective(nn.Module):
             assert teacher is not None
             if loss_class(choice.name).stage == "init":
                 continue
-            grown = min(1.0, (epoch + 1) / choice.warmup) if choice.warmup else 1.0
+            grown = self._grown(choice, epoch)
             for key, ours, theirs, weight in self._places(choice, student, teacher):
                 loss: Any = self.losses[key]
                 for name, value in loss.terms(ours, theirs, batch).items():
                     name = name if key == choice.name else key
                     terms[name] = choice.weight * grown * weight * value
         return terms
+
+    def _grown(self, choice: LossChoice, epoch: int) -> float:
+        """The share of its weight that a loss has in an epoch of the task."""
+        warmup = choice.warmup
+        if warmup is None:
+            warmup = min(loss_class(choice.name).default_warmup, self.task_epochs / 2)
+        return min(1.0, (epoch - self.init_epochs + 1) / warmup) if warmup > 0 else 1.0
+
+    def rehearse(self, student: Taps, teacher: Taps) -> None:
+        """Computes every loss once, so that what cannot be compared is told before any training.
+
+        Args:
+            student: taps of images as large as those to come.
+            teacher: of the same images.
+
+        Raises:
+            UserError: shapes that do not fit, or a loss that lacks something.
+        """
+        assert student.logits is not None
+        label = torch.zeros_like(student.logits[:, 0], dtype=torch.int64)
+        batch = {"label": label, "index": torch.arange(len(label), device=label.device)}
+        places = [p for choice in self.choices for p in self._places(choice, student, teacher)]
+        try:
+            with still(self), torch.random.fork_rng(devices=[]):  # crd draws
+                for key, ours, theirs, _ in places:
+                    loss: Any = self.losses[key]
+                    loss.terms(ours, theirs, batch)
+        except ValueError as error:
+            raise UserError(f"the networks cannot be compared: {error}") from error
 
     def correlations(
         self, student: Taps, teacher: Taps | None

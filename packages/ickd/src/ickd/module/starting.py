@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ickd.module.fitting import fit_teacher, teacher_recipe
 from ickd.networks import Network, load_pretrained, load_weights, open_network
+from ickd.taps import still
 from tenfold.distillation import Taps
 from tenfold.errors import UserError
 from tenfold.progress import PlainProgress
@@ -66,7 +66,7 @@ def example_taps(network: Network, pixels: Tensor) -> Taps:
         return _still_taps(network, network.example(2))
 
 
-def check_size(which: str, network: Network, size: int, *, named: bool) -> None:
+def check_size(which: str, network: Network, size: int, *, named: bool) -> Taps:
     """Make sure that a network takes images of the data's size.
 
     Args:
@@ -75,12 +75,15 @@ def check_size(which: str, network: Network, size: int, *, named: bool) -> None:
         size: side of the data's images.
         named: whether it was given by its name.
 
+    Returns:
+        What it says about two images of that size.
+
     Raises:
         UserError: it does not; says how to have them resized for it.
     """
-    pixels = network.example(1)[..., :1, :1].expand(-1, -1, size, size)
+    pixels = network.example(2)[..., :1, :1].expand(-1, -1, size, size)
     try:
-        _still_taps(network, pixels)
+        return _still_taps(network, pixels)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         what = f"the {which} {network.name} does not take images of {size}x{size}: {reason}"
@@ -91,16 +94,24 @@ def check_size(which: str, network: Network, size: int, *, named: bool) -> None:
         raise UserError(what, fix=fix) from error
 
 
-@torch.no_grad()
 def _still_taps(network: Network, pixels: Tensor) -> Taps:
     """Taps in eval mode; modes and statistics stay as they are."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with still(network):
         return network.taps(pixels)
-    finally:
-        for module, training in modes:
-            module.training = training
+
+
+def check_files(given: Mapping[str, Any]) -> None:
+    """Make sure that the files of weights are there, before anything is downloaded.
+
+    Args:
+        given: arguments of a Distiller.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in ("student_ckpt", "teacher_ckpt"):
+        if given[name] is not None and not Path(given[name]).exists():
+            raise UserError(f"no such checkpoint: {given[name]}", where=f"--model.{name}")
 
 
 def load_start(module: Distiller, which: str, network: Network) -> bool:
@@ -120,16 +131,25 @@ def load_start(module: Distiller, which: str, network: Network) -> bool:
     given = module.hparams
     if module.trainer.ckpt_path:  # a run that goes on has its weights in its checkpoint
         return True
-    pretrained = given[f"{which}_init"] == "pretrained"
-    if pretrained:
-        load_pretrained(network)
     path = given[f"{which}_ckpt"]
+    pretrained = path is None and given[f"{which}_init"] == "pretrained"
+    if pretrained:
+        _load_published(which, network)
     if which == "teacher" and (recipe := teacher_recipe(given)):
         path = _train_teacher(module, recipe)
     if path is not None:
         for note in load_weights(network, path):
             log.info("%s: %s", path, note)
     return pretrained or path is not None or which not in given
+
+
+def _load_published(which: str, network: Network) -> None:
+    try:
+        load_pretrained(network)
+    except UserError as error:
+        fix = "check the connection, or give "
+        fix += f"--model.{which}_ckpt FILE or --model.{which}_init scratch"
+        raise UserError(error.what, where=error.where, fix=fix) from error
 
 
 def _train_teacher(module: Distiller, recipe: str) -> Path:

@@ -9,7 +9,7 @@ writes a set of them.
 
 from ickd.report.cells import CellCorrelations, icc_cells
 from ickd.report.common import save_all
-from ickd.report.comparison import Gain, LossRow, accuracy_against_cost, dots
+from ickd.report.comparison import LossRow, accuracy_against_cost, dots
 from ickd.report.correlation import icc_triptych
 from ickd.report.grid import grid_bars
 from ickd.report.order import ChannelOrder, cluster_channels
@@ -19,7 +19,6 @@ from ickd.report.training import training_curves
 __all__ = [
     "CellCorrelations",
     "ChannelOrder",
-    "Gain",
     "LossRow",
     "accuracy_against_cost",
     "cluster_channels",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch import Tensor
 from ickd.report.common import (
     around,
     color_bar,
+    distance_text,
     empty_figure,
     matrix,
-    number,
     off_diagonal,
     panel,
     title,
@@ -56,6 +56,7 @@ def icc_cells(
     image: Float[ndarray, "height width 3"] | None = None,
     names: Sequence[str] = NAMES,
     heading: str = "",
+    doubtful: Collection[int] = (),
 ) -> Figure:
     """A matrix of channel correlations in every cell, and the distance to the teacher's in each.
 
@@ -68,6 +69,8 @@ def icc_cells(
         image: that the maps belong to, 0..1; left out where they are means over many.
         names: of the three networks.
         heading: over everything.
+        doubtful: positions of networks whose lift was fitted on too few pixels; their distances are
+            marked as unreliable.
 
     Raises:
         ValueError: grids or channels that differ, more than `MOST_CELLS` rows or columns, or a
@@ -90,7 +93,7 @@ def icc_cells(
     _draw_mosaics(top, cells, order)
     below = [panel(fig, grid, 1, k) for k in range(columns)]
     _draw_image(below[0], image, (n, m))
-    _draw_distances(below[1:], found[1:], names[1:])
+    _draw_distances(below[1:], found[1:], names[1:], [k in doubtful for k in range(1, columns)])
     return fig
 
 
@@ -154,15 +157,21 @@ def _draw_image(
 
 
 def _draw_distances(
-    panels: Sequence[Axes], students: Sequence[CellCorrelations], names: Sequence[str]
+    panels: Sequence[Axes],
+    students: Sequence[CellCorrelations],
+    names: Sequence[str],
+    doubts: Sequence[bool],
 ) -> None:
     values = [s.distances.numpy() for s in students if s.distances is not None]
     limits = 0.8 * min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     n, m = values[0].shape
     fmt = "{:.2f}" if max(n, m) <= MOST_NUMBERS else ""
-    colors = COLORS[1:]
-    for ax, cells, one, name, color in zip(panels, values, students, names, colors, strict=False):
+    looks = zip(names, COLORS[1:], doubts, strict=False)
+    for ax, cells, one, (name, color, doubtful) in zip(
+        panels, values, students, looks, strict=False
+    ):
         heatmap(ax, cells, rows=[""] * n, columns=[""] * m, fmt=fmt, limits=limits)
         ax.set(aspect="equal", anchor="N")
         images = "" if one.images == 1 else f" of {one.images} images"
-        title(ax, f"{name}: ICC distance", f"mean{images} {number(float(cells.mean()), 3)}", color)
+        mean = distance_text(float(cells.mean()), doubtful=doubtful)
+        title(ax, f"{name}: ICC distance", f"mean{images} {mean}", color)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from numpy import ndarray
 
+from ickd.scores import ALONE
 from tenfold.plotting import INK, MUTED, PALETTE, PAPER, figure, save, style
 
 TEACHER, STUDENT, PLAIN = INK, PALETTE[2], MUTED
 """Colours of the teacher, of the student that learns from it, and of one that does not."""
+
+MIXED = PALETTE[1]
+"""Colour of a student that learns by ICKD and by other losses."""
 
 DIVERGING = LinearSegmentedColormap.from_list(
     "ickd-diverging",
@@ -96,6 +101,22 @@ def title(ax: Axes, text: str, below: str = "", color: str = INK) -> None:
         note.set_in_layout(False)  # a long line must not push the panels apart
 
 
+def caption(fig: Figure, paragraphs: Sequence[str]) -> None:
+    """Paragraphs under everything; the figure grows by their height."""
+    width, height = fig.get_size_inches()
+    letters = int(15 * width)  # of the size below that go into a line
+    lines = [line for text in paragraphs for line in textwrap.wrap(text, letters)]
+    fig.set_size_inches(width, height + 0.18 * len(lines))
+    with style():
+        look = {"size": 8.5, "color": MUTED, "linespacing": 1.45}
+        fig.supxlabel("\n".join(lines), x=0.012, ha="left", **look)
+
+
+def distance_text(value: float, *, doubtful: bool, digits: int = 3) -> str:
+    """An ICC distance, marked where the map that it takes was fitted on too few pixels."""
+    return number(value, digits) + (" (unreliable)" if doubtful else "")
+
+
 def number(value: float, digits: int = 2) -> str:
     """A number with a true minus sign."""
     return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
@@ -107,16 +128,21 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def loss_colors(names: Sequence[str]) -> dict[str, str]:
-    """One colour for each set of losses: grey for none, green for what has ICKD, blue for others.
+    """One colour for each set of losses, by whether ICKD is in it.
+
+    Grey for none, green for ICKD alone, orange for ICKD beside others, blue for others alone.
 
     Args:
         names: as "none", "at" and "kd+ickd".
     """
-    parts = {name: name.split("+") for name in names}
-    ours = {name for name, losses in parts.items() if any("ickd" in loss for loss in losses)}
-    return {
-        name: PLAIN if name == "none" else STUDENT if name in ours else PALETTE[0] for name in names
-    }
+    return {name: _loss_color(name) for name in names}
+
+
+def _loss_color(name: str) -> str:
+    if name == ALONE:
+        return PLAIN
+    ours = ["ickd" in loss for loss in name.split("+")]
+    return STUDENT if all(ours) else MIXED if any(ours) else PALETTE[0]
 
 
 def save_all(figures: Mapping[str, Figure], folder: str | Path) -> list[Path]:

@@ -11,25 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ickd.report.common import TEACHER, loss_colors, signed, title
+from ickd.scores import ALONE
 from tenfold.plotting import MUTED, PAPER, curve, describe, figure, points, style
 
 Cost = Literal["seconds", "memory"]
-BASELINE = "none"
-"""What the plain student's row is called."""
-
-
-class Gain(NamedTuple):
-    """A paired difference to the plain student over seeds, in points.
-
-    Attributes:
-        mean: of the differences, seed by seed.
-        low: of its confidence interval; not finite for a single seed.
-        high: likewise.
-    """
-
-    mean: float
-    low: float
-    high: float
 
 
 class LossRow(NamedTuple):
@@ -38,7 +23,8 @@ class LossRow(NamedTuple):
     Attributes:
         losses: as "none", "kd" or "kd+ickd".
         scores: one for each seed, in per cent.
-        gain: over the plain student, None where there is none; any (mean, low, high).
+        gain: over the plain student, None where there is none; any (mean, low, high), such as an
+            `ickd.scores.Difference`.
         seconds: of a training step, None where not measured.
         extra_bytes: of memory for an image, over the plain student's; None where not measured.
     """
@@ -78,20 +64,29 @@ def dots(
     ordered = sorted(rows, key=lambda row: row.mean)
     colors = loss_colors([row.losses for row in ordered])
     gains = any(row.gain is not None for row in rows)
-    fig, panels = figure(9.6 if gains else 5.4, 1.75 + 0.36 * len(rows), columns=1 + gains)
+    fig, panels = figure(9.6 if gains else 5.4, 2.0 + 0.36 * len(rows), columns=1 + gains)
     with style():
         fig.set_layout_engine("constrained", wspace=0.08)
     _draw_seeds(panels[0], ordered, colors, teacher)
-    name = score[:1].upper() + score[1:]
+    name = score if score[1:2].isupper() else score[:1].upper() + score[1:]  # mIoU stays
     title(panels[0], name, "every seed, and the mean of each set of losses")
     _describe_axis(panels[0], f"{score} (%)")
     if gains:
         _draw_gains(panels[1], ordered, colors)
         seeds = len(rows[0].scores)
-        below = f"paired over {seeds} seeds, with confidence intervals"
+        below = f"paired over {seeds} seeds, with 95 % intervals"
         title(panels[1], "Gain over the plain student", below if seeds > 1 else "of a single seed")
         _describe_axis(panels[1], "points")
+    _explain_lines(fig, panels[0])
     return fig
+
+
+def _explain_lines(fig: Figure, ax: Axes) -> None:
+    """Name the lines across all rows under the panels, where they cover no row."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        with style():
+            fig.legend(handles, labels, loc="outside lower left", ncols=2, handlelength=2.4)
 
 
 def accuracy_against_cost(
@@ -148,15 +143,15 @@ def _draw_seeds(
     with style():
         for y, row in enumerate(ordered):
             values, color = np.array(row.scores, float), colors[row.losses]
-            if row.losses == BASELINE:
-                ax.axvline(row.mean, color=color, lw=1.2, ls=(0, (4, 1.6)), zorder=1)
+            if row.losses == ALONE:
+                look = {"ls": (0, (4, 1.6)), "label": "plain student (mean)"}
+                ax.axvline(row.mean, color=color, lw=1.2, zorder=1, **look)
             ax.plot([values.min(), values.max()], [y, y], color=color, lw=1.2, alpha=0.5)
             ax.plot(values, np.full(len(values), y), "o", color=color, ms=6, alpha=0.5, mew=0)
             ax.plot(row.mean, y, "|", color=color, ms=17, mew=2.6, mec=color, zorder=4)
         if teacher is not None and math.isfinite(teacher):
-            ax.axvline(teacher, color=TEACHER, lw=1.2, ls=(0, (1, 1.5)), zorder=1)
-            note = ax.annotate("teacher", (teacher, 0), (-5, 0), textcoords="offset points")
-            note.set(ha="right", va="center", size=8.5, color=TEACHER)
+            look = {"ls": (0, (1, 1.5)), "label": "teacher"}
+            ax.axvline(teacher, color=TEACHER, lw=1.2, zorder=1, **look)
         ax.set_yticks(range(len(ordered)), [row.losses for row in ordered])
     _finish_rows(ax, len(ordered))
 

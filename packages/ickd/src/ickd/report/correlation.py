@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,9 @@ from ickd.report.common import (
     STUDENT,
     TEACHER,
     around,
+    caption,
     color_bar,
+    distance_text,
     empty_figure,
     matrix,
     number,
@@ -37,6 +39,20 @@ _LINES = ("-", "-", (0, (4, 1.6)))
 _FLOOR = 1e-4
 """Singular values below this share of the largest are not shown."""
 _STRIPS = ("#8B949E", "#C9D1D9")
+_ORDER = "side by side, alike ones together (hierarchical clustering; grey strips: groups)"
+_LIFTED = (
+    f"Rows and columns: the teacher's channels, {_ORDER}, in one order for all. The students' "
+    "channels are brought to them by a linear map that least squares fits on other images."
+)
+_OWN = f"Rows and columns: the network's channels, {_ORDER}."
+HOMOLOGY = (
+    f"Homologous pairs: two channels with a |correlation| over all pixels above {HOMOLOGOUS:g}."
+)
+DISTANCE = (
+    "ICC distance: squared distance between the rows of both channel correlations, brought to "
+    "unit length; mean over channels and images, 0 to 4."
+)
+_DOUBT = "Unreliable (?): too few pixels to fit the linear map on; take more images."
 
 
 class _Network(NamedTuple):
@@ -47,6 +63,7 @@ class _Network(NamedTuple):
     line: str | tuple[float, tuple[float, ...]]
     found: Diversity
     correlation: Float[ndarray, "channels channels"]
+    doubtful: bool = False
 
 
 def icc_triptych(
@@ -56,6 +73,7 @@ def icc_triptych(
     *,
     names: Sequence[str] = NAMES,
     heading: str = "",
+    doubtful: Collection[int] = (),
 ) -> Figure:
     """Channel correlations of a teacher, of its student, and of a student that had no teacher.
 
@@ -70,6 +88,8 @@ def icc_triptych(
         plain: likewise of the other one.
         names: of the three networks.
         heading: over everything.
+        doubtful: positions of networks whose lift was fitted on too few pixels; their distance is
+            marked as unreliable.
 
     Raises:
         ValueError: correlations of different sizes: a student that was not lifted.
@@ -77,7 +97,7 @@ def icc_triptych(
     found = [d for d in (teacher, student, plain) if d is not None]
     present = [i for i, d in enumerate((teacher, student, plain)) if d is not None]
     networks = [
-        _Network(names[i], COLORS[i], _LINES[i], d, d.icc.double().numpy())
+        _Network(names[i], COLORS[i], _LINES[i], d, d.icc.double().numpy(), i in doubtful)
         for i, d in zip(present, found, strict=True)
     ]
     sizes = {network.correlation.shape for network in networks}
@@ -99,6 +119,7 @@ def _lay_out(networks: Sequence[_Network], order: ChannelOrder, heading: str) ->
         grid = fig.add_gridspec(len(ratios), 2 * columns, height_ratios=ratios)
         if heading:
             fig.suptitle(heading, x=0.012, ha="left", size=13, weight="bold")
+    caption(fig, _captions(networks))
     squares = [slice(2 * k, 2 * k + 2) for k in range(columns)]
     _draw_matrices([panel(fig, grid, 0, at) for at in squares[: len(networks)]], networks, order)
     beside = panel(fig, grid, 1, squares[0]) if several else panel(fig, grid, 0, squares[1])
@@ -109,6 +130,13 @@ def _lay_out(networks: Sequence[_Network], order: ChannelOrder, heading: str) ->
     _draw_histogram(panel(fig, grid, -1, slice(0, columns)), networks)
     _draw_spectrum(panel(fig, grid, -1, slice(columns, None)), networks)
     return fig
+
+
+def _captions(networks: Sequence[_Network]) -> list[str]:
+    if len(networks) == 1:
+        return [_OWN, HOMOLOGY]
+    doubt = [_DOUBT] if any(network.doubtful for network in networks) else []
+    return [_LIFTED, f"{HOMOLOGY} {DISTANCE}", *doubt]
 
 
 def _draw_matrices(
@@ -128,7 +156,8 @@ def _subtitle(network: _Network) -> str:
     channels = f"{network.found.channels} channels"
     if network.found.icc_distance is None:
         return channels
-    return f"{channels} · ICC distance {number(network.found.icc_distance, 3)}"
+    distance = distance_text(network.found.icc_distance, doubtful=network.doubtful)
+    return f"{channels} · ICC distance {distance}"
 
 
 def _draw_differences(
@@ -187,10 +216,9 @@ def _draw_figures(ax: Axes, networks: Sequence[_Network]) -> None:
                 if value is None:
                     continue
                 ax.barh(y, 0.72 * value / largest, height=0.58, color=network.color)
-                digits = 3 if "ICC" in name else 1
-                ax.text(
-                    0.72 * value / largest + 0.02, y, number(value, digits), va="center", size=8.5
-                )
+                text = number(value, 3 if "ICC" in name else 1)
+                text += " ?" if network.doubtful and "ICC" in name else ""
+                ax.text(0.72 * value / largest + 0.02, y, text, va="center", size=8.5)
                 y += 0.68
             y += 0.45
         ax.set(xlim=(0, 1), ylim=(max(y, 7.0) - 0.5, -0.5))  # bars of a few keep their size

@@ -8,13 +8,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ickd.report.common import PLAIN, STUDENT, number, signed, title
+from ickd.scores import ALONE
 from tenfold.plotting import INK, MUTED, PALETTE, PAPER, figure, style
-
-PLAIN_ROW = "none"
 
 
 def grid_bars(
-    rows: Mapping[str, Sequence[float]], *, teacher: float | None = None, baseline: str = PLAIN_ROW
+    rows: Mapping[str, Sequence[float]], *, teacher: float | None = None, baseline: str = ALONE
 ) -> Figure:
     """Bars of mIoU by grid, over or under the plain student's.
 
@@ -42,15 +41,19 @@ def grid_bars(
             ax.bar(x, mean, width=0.62, color=color, alpha=0.85)
             spread = np.linspace(-0.12, 0.12, len(gains)) if len(gains) > 1 else [0.0]
             ax.plot(x + np.array(spread), gains, "o", color=INK, ms=4.5, mec=PAPER, zorder=4)
-            top = max(0.0, mean, float(gains.max()))
-            note = ax.annotate(signed(mean, 1), (x, top), (0, 5), textcoords="offset points")
-            note.set(ha="center", va="bottom", weight="bold", size=9.5)
+            below = mean < 0  # the number stands where the bar ends
+            end = min(mean, float(gains.min())) if below else max(mean, float(gains.max()))
+            place = (0, -5 if below else 5)
+            note = ax.annotate(signed(mean, 1), (x, end), place, textcoords="offset points")
+            va = "top" if below else "bottom"
+            note.set(ha="center", va=va, weight="bold", size=9.5)
         ax.axhline(0, color=PLAIN, lw=1.4)
         means = [float(np.mean(rows[name])) for name in names]
         ticks = [f"{name}\n{number(mean, 1)}" for name, mean in zip(names, means, strict=True)]
         ax.set_xticks(range(len(names)), ticks)
         ax.tick_params(axis="x", length=0)
         ax.grid(visible=False, axis="x")
+        ax.use_sticky_edges = False  # bars that all hang leave room over zero too
         ax.margins(x=0.06, y=0.14)
         ax.set_ylabel("mIoU over the plain student (points)")
         ax.set_xlabel("grid, and mIoU (%)", color=MUTED)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ickd.model.base import init_convs
 from ickd.model.deeplab.features import Features, check_output_stride
 
 STAGES = (
@@ -118,6 +119,7 @@ class MobileNetV2(nn.Module):
                 blocks.append(InvertedResidual(width_in, width, s, here, expansion))
                 width_in = width
         self.features = nn.Sequential(*blocks)
+        init_convs(self.modules(), "fan_in")
         inputs = [f"backbone.features.{index}.conv.1" for index in EXPANSIONS]
         self.tap_names = (*inputs, f"backbone.features.{len(blocks) - 1}")
         self.tap_channels = (144, 192, 576, 320)

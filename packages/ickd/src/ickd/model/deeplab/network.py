@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ickd.model.base import init_convs
 from ickd.model.deeplab.head import ASPP, WIDTH, Decoder, resize
 from ickd.model.deeplab.mobilenet_v2 import MobileNetV2
 from ickd.model.deeplab.resnet import resnet18, resnet101
@@ -49,9 +50,7 @@ class DeepLab(nn.Module):
         self.decoder = Decoder(self.backbone.low_width, num_classes)
         self.tap_names = (*self.backbone.tap_names, "aspp.bn1", "decoder.last_conv.5")
         self.tap_channels = (*self.backbone.tap_channels, WIDTH, WIDTH)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+        init_convs([*self.aspp.modules(), *self.decoder.modules()], "fan_in")
 
     def forward(
         self, x: Float[Tensor, "batch 3 height width"]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ickd.model.base import init_convs
 from ickd.model.deeplab.features import Features, check_output_stride
 
 MULTI_GRID = (1, 2, 4)
@@ -122,6 +123,7 @@ class ResNet(nn.Module):
                 width_in = widths[stage]
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        init_convs(self.modules())
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Features:
         """The maps of a batch.
