@@ -24,7 +24,9 @@ def ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def gather(x: Shaped[Tensor, " batch *shape"]) -> Shaped[Tensor, " whole *shape"]:
+def gather(
+    x: Shaped[Tensor, " batch *shape"], travels_as: torch.dtype | None = None
+) -> Shaped[Tensor, " whole *shape"]:
     """Join the rows of all ranks, with gradient.
 
     The order is that of a batch on one rank: samplers deal items out in turn, so row i of rank r
@@ -36,9 +38,42 @@ def gather(x: Shaped[Tensor, " batch *shape"]) -> Shaped[Tensor, " whole *shape"
 
     Args:
         x: of the same shape on all ranks.
+        travels_as: type in which rows are sent, such as float16 for half the traffic; what comes
+            back has the type of `x`, and so have gradients.
+    """
+    kind = travels_as or x.dtype
+    return x if ranks()[1] == 1 else _Gather.apply(x, kind)  # pyright: ignore[reportReturnType]
+
+
+def check_even(count: int) -> None:
+    """Make sure that all ranks hold as many rows, which `gather` needs.
+
+    Raises:
+        ValueError: they do not; names the sizes, rank by rank.
     """
     _, world = ranks()
-    return x if world == 1 else _Gather.apply(x)  # pyright: ignore[reportReturnType]
+    if world == 1:
+        return
+    counts = torch.zeros(world, dtype=torch.int64, device=_device())
+    counts[ranks()[0]] = count
+    dist.all_reduce(counts)
+    if len({*counts.tolist()}) > 1:
+        sizes = ", ".join(f"rank {rank}: {n}" for rank, n in enumerate(counts.tolist()))
+        raise ValueError(f"ranks hold batches of different sizes ({sizes}): use drop_last")
+
+
+def largest(count: int) -> int:
+    """The largest of a number over all ranks."""
+    if ranks()[1] == 1:
+        return count
+    value = torch.tensor(count, device=_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def _device() -> torch.device:
+    """Where tensors must be that the process group can send."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def own_rows() -> slice:
@@ -68,13 +103,14 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = x.new_empty(dist.get_world_size(), *x.shape)
-        dist.all_gather([*parts.unbind()], x.contiguous())
-        return parts.transpose(0, 1).flatten(0, 1)
+    def forward(ctx: Any, x: Tensor, kind: torch.dtype) -> Tensor:
+        sent = x.to(kind).contiguous()
+        parts = sent.new_empty(dist.get_world_size(), *x.shape)
+        dist.all_gather([*parts.unbind()], sent)
+        return parts.transpose(0, 1).flatten(0, 1).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total[own_rows()]
+        return total[own_rows()], None

@@ -1,0 +1,114 @@
+"""Model folders: weights, configuration and tokenizer, on the disk and on the Hub.
+
+A folder holds model.safetensors, config.json and, where the model has a tokenizer, tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from tenfold.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    atomic_file,
+    load_model_files,
+    save_model,
+)
+from tenfold.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+MODEL_TYPE = "filip-vl"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder holds.
+
+    Attributes:
+        state: the weights, on the CPU.
+        config: fields of the configuration.
+        tokenizer: the JSON of the tokenizer, None where there is none.
+    """
+
+    state: Mapping[str, Tensor]
+    config: dict[str, Any]
+    tokenizer: str | None = None
+
+
+def write_folder(folder: str | Path, content: ModelFolder) -> None:
+    """Write a model folder; a tokenizer that lay there is replaced or removed.
+
+    Args:
+        folder: made if need be.
+        content: what goes into it.
+    """
+    folder = Path(folder)
+    save_model(folder, content.state, {"model_type": MODEL_TYPE, **content.config})
+    if content.tokenizer is None:
+        (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+        return
+    with atomic_file(folder / TOKENIZER_FILE) as file:
+        file.write(content.tokenizer.encode())
+
+
+def read_folder(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> ModelFolder:
+    """Read a model folder of the disk or the Hub.
+
+    Args:
+        name: a folder, or "user/name" on the Hub.
+        revision: branch, tag or commit on the Hub.
+        token: for a private repository.
+        cache_dir: where downloads are kept, huggingface_hub's place if left out.
+
+    Raises:
+        UserError: there is no such folder or repository, or it holds no model of filip-vl.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        fix = "give its folder, or convert a published checkpoint first: filip-vl convert"
+        raise UserError("a file, no model folder", where=str(name), fix=fix)
+    if not folder.is_dir():
+        folder = _download(str(name), revision=revision, token=token, cache_dir=cache_dir)
+    state, config = load_model_files(folder)
+    if config.pop("model_type", None) != MODEL_TYPE:
+        fix = "convert a published checkpoint first: filip-vl convert"
+        raise UserError(f"{CONFIG_FILE} is not of filip-vl", where=str(name), fix=fix)
+    return ModelFolder(state, config, _read_tokenizer(folder / TOKENIZER_FILE))
+
+
+def _read_tokenizer(file: Path) -> str | None:
+    try:
+        return file.read_text("utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read it: {error}", where=str(file)) from error
+
+
+def _download(name: str, **options: Any) -> Path:
+    """The folder in the cache of a repository on the Hub."""
+    if not _HUB_ID.fullmatch(name):
+        raise UserError("no such model folder", where=name, fix="give a folder or user/name")
+    try:
+        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE]
+        return Path(snapshot_download(name, allow_patterns=files, **options))
+    except Exception as error:  # the hub, the network and the disk raise many kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"no such model folder, and the Hub gave none: {lines[0].rstrip('.:')}",
+            where=name,
+            fix="check the name and the network; a private repository needs `hf auth login`",
+        ) from error
