@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import Dataset, DistributedSampler
 
 from tenfold.data import (
+    BadItem,
     DataModule,
     Draw,
     EpochSampler,
@@ -175,6 +176,33 @@ def test_an_epoch_is_resumed_on_its_own_grid():
     loader = Some(Noise(), batch_size=8, seed=2).train_dataloader()
     with pytest.raises(UserError, match="batch_size 4 -> 8, seed 0 -> 2"):
         loader.load_state_dict(state)
+    loader = Some(Noise(), batch_size=4).train_dataloader()
+    loader.grid = {"streams": 3}
+    loader.load_state_dict(loader.state_dict())
+    loader.grid = {"streams": 2}
+    with pytest.raises(UserError, match="streams 3 -> 2"):
+        loader.load_state_dict(state | {"streams": 3})
+
+
+class Stream:
+    """Hands out what stands at some places by itself; the third place is broken."""
+
+    def __len__(self):
+        return 8
+
+    def fetch(self, draws):
+        items = [(draw.index, torch.rand(())) for draw in draws if draw.index != 2]
+        return items, [BadItem(2, "broken", "")] * any(draw.index == 2 for draw in draws)
+
+
+def test_a_stream_fetches_by_itself():
+    data = Some(Stream(), eval_batch_size=4, on_bad_item="skip")
+    first, second = list(data.val_dataloader())
+    assert (first[0].tolist(), second[0].tolist()) == ([0, 1, 3], [4, 5, 6, 7])
+    assert data.bad_items["val"].reasons == {2: "broken"}
+    assert torch.equal(next(iter(data.val_dataloader()))[1], first[1])  # seeded by its first place
+    with pytest.raises(UserError, match="item 2 of val cannot be used: broken"):
+        list(Some(Stream(), eval_batch_size=4).val_dataloader())
 
 
 def test_workers_ignore_the_keyboard():

@@ -51,6 +51,19 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def test_large_images_are_refused_before_they_are_decoded(pictures, monkeypatch):
+    with pytest.raises(
+        UserError, match="its 8x8 pixels are above the limit max_pixels 63"
+    ) as error:
+        read_image(pictures / "RGB.png", max_pixels=63)
+    assert str(pictures / "RGB.png") in str(error.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match="decompression bomb"):
+        read_image(pictures / "RGB.png")
+    assert read_image(pictures / "RGB.png", max_pixels=64).size == (8, 8)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
 @pytest.mark.parametrize("name", ["L.png", "RGB.png", "RGBA.png", "P.png", "LA.png", "I16.png"])
 def test_every_mode_becomes_rgb(pictures, name):
     image = read_image(pictures / name)

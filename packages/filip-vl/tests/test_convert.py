@@ -313,7 +313,7 @@ def test_filip_of_declip(tmp_path):
     found = read_checkpoint(path, **HEADS)
     assert found.source == "declip-filip"
     assert found.ignored == tuple(unused)
-    assert "--tokenizer declip" in found.notes[0]
+    assert "--tokenizer-layout declip" in found.notes[0]
     copy, report = FilipModel.from_converted(found)
     assert not report.reinitialised
     assert (copy.config.embed_dim, copy.config.end) == (32, 50)

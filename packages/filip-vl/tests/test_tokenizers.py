@@ -401,7 +401,7 @@ def test_start_and_end_need_room(tokenizer, method):
 
 def test_a_tokenizer_belongs_to_its_network():
     check_vocabulary(bpe, 535)
-    with pytest.raises(UserError, match=r"535 ids, the network 536: .*--tokenizer declip"):
+    with pytest.raises(UserError, match=r"535 ids, the network 536: .*--tokenizer-layout declip"):
         check_vocabulary(bpe, 536)
     with pytest.raises(UserError, match=r"535 ids, the network 49408: give the tokenizer"):
         check_vocabulary(bpe, 49408)

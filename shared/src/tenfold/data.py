@@ -11,6 +11,7 @@ import struct
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 from weakref import WeakSet
 
@@ -137,6 +138,8 @@ class _Items(Dataset[Any]):
         draws = [as_draw(key) for key in keys]
         bad: list[BadItem] = []
         with item_rng(self.seed, *draws[0]):  # of a batch; _read seeds each item again
+            if hasattr(self.dataset, "fetch"):
+                return self.dataset.fetch(draws)
             if hasattr(self.dataset, "__getitems__"):
                 return self.dataset.__getitems__(draws), bad
             return [item for draw in draws for item in self._read(draw, bad)], bad
@@ -172,6 +175,9 @@ class Loader(DataLoader[Any]):
 
     start: Callable[[], int] | None = None
     """Tells, when the first pass begins, how many batches of it are already done."""
+
+    grid: Mapping[str, int] = MappingProxyType({})
+    """Further numbers that must be the same where an epoch is resumed."""
 
     @property
     def items(self) -> _Items:
@@ -216,7 +222,8 @@ class Loader(DataLoader[Any]):
         sampler = self.sampler
         ranks = sampler.num_replicas if isinstance(sampler, EpochSampler) else 1
         size, seed = len(self.items), self.items.seed
-        return {"batch_size": self.batch_size or 0, "items": size, "ranks": ranks, "seed": seed}
+        grid = {"batch_size": self.batch_size or 0, "items": size, "ranks": ranks, "seed": seed}
+        return grid | dict(self.grid)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Raises UserError unless an epoch is resumed on the same grid of batches."""
@@ -318,8 +325,10 @@ class DataModule(LightningDataModule):
 
     A data set is indexed with a `Draw` (of epoch 0 in evaluation), the three global generators
     seeded by (seed, epoch, index). One with `__getitems__` (TensorItems) returns whole batches
-    instead, and its exceptions pass as they are. Training batches are full (the rest of an epoch's
-    permutation is left out, another rest in every epoch) unless the data set is smaller than one.
+    instead, and its exceptions pass as they are; one with `fetch` returns the items of a list of
+    draws itself, and a list of the `BadItem`s among them. Training batches are full (the rest of an
+    epoch's permutation is left out, another rest in every epoch) unless the data set is smaller
+    than one.
 
     Subclasses call `save_hyperparameters(logger=False)`: Lightning logs the arguments of module and
     data together, and refuses a name, such as seed, that has two values.

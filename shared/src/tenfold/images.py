@@ -3,7 +3,8 @@
 import io
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,11 +26,16 @@ ImageSource = Any
 """A path, the bytes of a file, datasets' {"bytes", "path"}, a uint8 array or a PIL image."""
 
 
-def read_image(source: ImageSource) -> Image.Image:
+def read_image(source: ImageSource, max_pixels: int | None = None) -> Image.Image:
     """Opens an image as 8-bit RGB PIL: grey, palette, alpha, CMYK and 16 bit are converted.
 
+    Args:
+        source: where it is.
+        max_pixels: refuse larger files before they are decoded, in the place of PIL's own limit of
+            179 million.
+
     Raises:
-        UserError: for a missing, empty, truncated or foreign file, with its path.
+        UserError: for a missing, empty, truncated, foreign or too large file, with its path.
     """
     where = "image in memory"
     if isinstance(source, Mapping):
@@ -38,7 +44,7 @@ def read_image(source: ImageSource) -> Image.Image:
     if isinstance(source, str | Path):
         where = str(source)
     try:
-        image = _opened(source)
+        image = _opened(source, max_pixels)
         if image.mode.startswith("I"):  # 16-bit grey: PIL would clip at 255
             image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
@@ -49,14 +55,28 @@ def read_image(source: ImageSource) -> Image.Image:
         raise UserError(f"cannot read the image: {why}", where=where) from error
 
 
-def _opened(source: ImageSource) -> Image.Image:
+def _opened(source: ImageSource, max_pixels: int | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
-    image.load()
+    file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    with nullcontext() if max_pixels is None else _no_pixel_limit():
+        image = Image.open(file)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            size = f"{image.width}x{image.height}"
+            raise ValueError(f"its {size} pixels are above the limit max_pixels {max_pixels}")
+        image.load()
     return image
+
+
+@contextmanager
+def _no_pixel_limit() -> Iterator[None]:
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 class ImageItem(NamedTuple):
@@ -318,7 +338,7 @@ def _read_cifar(
     return splits
 
 
-class _Column(Sequence[Any]):
+class Column(Sequence[Any]):
     """A column of a data set, entry by entry from its memory-mapped file.
 
     Several times faster than a data set's own row access, which formats the row first.
@@ -349,7 +369,7 @@ def read_parquet(root: Path, image: str = "image", label: str = "label") -> Spli
         files = sorted({str(p) for stem in stems for p in root.rglob(f"{stem}*.parquet")})
         if not files:
             continue
-        table = _load_parquet(files, image, label)
+        table = load_parquet(files, image=image, label=label)
         labels = _int_labels(table[label], files[0])
         named = getattr(table.features[label], "names", None)
         names = tuple(named or (str(k) for k in range(max(labels, default=-1) + 1)))
@@ -360,25 +380,36 @@ def read_parquet(root: Path, image: str = "image", label: str = "label") -> Spli
             raise UserError(what + first, where=files[0], fix="write both with the same classes")
         if named and names != known:  # the same classes under other numbers
             labels = [known.index(names[k]) if 0 <= k < len(names) else k for k in labels]
-        splits[split] = Split(_Column(table, image), labels, known)
+        splits[split] = Split(Column(table, image), labels, known)
     if "train" not in splits or len(splits) < 2:
         raise missing("parquet", root, "train and test files are not there")
     return splits
 
 
-def _load_parquet(files: list[str], image: str, label: str) -> "datasets.Dataset":
+def load_parquet(files: list[str], *, image: str, **columns: str) -> "datasets.Dataset":
+    """Parquet files as one table, whose images are left as the bytes of their files.
+
+    Args:
+        files: paths.
+        image: name of the image column.
+        **columns: names of others that must be there, by what the option for it is called.
+
+    Raises:
+        UserError: a damaged file, a column that is not there, or no images in theirs.
+    """
     import datasets
 
     try:
         table = datasets.load_dataset("parquet", data_files=files, split="train")
     except Exception as error:  # datasets wraps what a damaged file raises in many ways
         raise UserError(f"not a parquet file, {error}", where=files[0]) from error
-    absent = [name for name in (image, label) if name not in table.column_names]
+    wanted = {"image": image, **columns}
+    absent = [name for name in wanted.values() if name not in table.column_names]
     if absent:
         raise UserError(
             f"column {', '.join(absent)} missing; there are {', '.join(table.column_names)}",
             where=files[0],
-            fix="name yours with --data.image_column and --data.label_column",
+            fix="name yours with " + " and ".join(f"--data.{option}_column" for option in wanted),
         )
     try:
         return table.cast_column(image, datasets.Image(decode=False))

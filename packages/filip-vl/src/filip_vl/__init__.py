@@ -8,26 +8,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from filip_vl.alignment import Alignment, alignment_map
     from filip_vl.convert import read_checkpoint
+    from filip_vl.data import FilipDataModule
     from filip_vl.model import CONFIGS, FilipConfig, FilipModel, FilipOutput, TokenBatch
+    from filip_vl.report import plot_alignment
     from filip_vl.tokenizers import BPETokenizer, Tokenizer, WordTokenizer
+    from filip_vl.zeroshot import ZeroShotClassifier
 
 _HOMES = {
+    "filip_vl.alignment": ("Alignment", "alignment_map"),
     "filip_vl.convert": ("read_checkpoint",),
+    "filip_vl.data": ("FilipDataModule",),
     "filip_vl.model": ("CONFIGS", "FilipConfig", "FilipModel", "FilipOutput", "TokenBatch"),
+    "filip_vl.report": ("plot_alignment",),
     "filip_vl.tokenizers": ("BPETokenizer", "Tokenizer", "WordTokenizer"),
+    "filip_vl.zeroshot": ("ZeroShotClassifier",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CONFIGS",
+    "Alignment",
     "BPETokenizer",
     "FilipConfig",
+    "FilipDataModule",
     "FilipModel",
     "FilipOutput",
     "TokenBatch",
     "Tokenizer",
     "WordTokenizer",
+    "ZeroShotClassifier",
+    "alignment_map",
+    "plot_alignment",
     "read_checkpoint",
 ]
 

@@ -5,6 +5,7 @@ A folder holds model.safetensors, config.json and, where the model has a tokeniz
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,17 @@ class ModelFolder:
     state: Mapping[str, Tensor]
     config: dict[str, Any]
     tokenizer: str | None = None
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether a folder was written by `write_folder`."""
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        return False
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+    except (ValueError, AttributeError):
+        return False
 
 
 def write_folder(folder: str | Path, content: ModelFolder) -> None:

@@ -95,7 +95,8 @@ class FilipLoss(nn.Module):
         self.select_text_base: TextBase = select_text_base
         self.distributed = distributed
         self.comm_dtype = None if comm_dtype == "float32" else getattr(torch, comm_dtype)
-        self.label_smoothing, self.skip_tol, self.impl = label_smoothing, skip_tol, impl
+        self.label_smoothing, self.skip_tol = label_smoothing, skip_tol
+        self.impl: Impl = impl
 
     def forward(
         self,
@@ -104,7 +105,7 @@ class FilipLoss(nn.Module):
         logit_scale: Float[Tensor, ""] | float,
         image_mask: Bool[Tensor, "images patches"] | None = None,
         text_mask: Bool[Tensor, "texts words"] | None = None,
-        targets: Num[Tensor, "images whole"] | None = None,
+        targets: Bool[Tensor, "images whole"] | Num[Tensor, "images whole"] | None = None,
     ) -> Float[Tensor, ""]:
         """Contrast the images of a batch with its texts, pair by pair.
 
@@ -139,12 +140,10 @@ class FilipLoss(nn.Module):
         return contrast(i2t, t2i, scale, targets, self.label_smoothing)
 
     def _select(self, image: _Side, text: _Side) -> tuple[_Side, _Side]:
-        scores = token_scores(*(side.tokens for side in (image, text)), image.mask, text.mask)
-        share = {"fraction": self.token_fraction}
-        kept = select_tokens(image.tokens, scores[0], image.mask, **share)
-        words = select_tokens(
-            text.tokens, scores[1], text.mask, base=self.select_text_base, **share
-        )
+        scores = token_scores(image.tokens, text.tokens, image.mask, text.mask)
+        share, base = self.token_fraction, self.select_text_base
+        kept = select_tokens(image.tokens, scores[0], image.mask, fraction=share)
+        words = select_tokens(text.tokens, scores[1], text.mask, fraction=share, base=base)
         return _Side(*kept[:2]), _Side(*words[:2])
 
     def _scores(self, asking: tuple[_Side, _Side], keys: tuple[_Side, _Side]) -> list[Tensor]:
@@ -180,8 +179,8 @@ class FilipLoss(nn.Module):
         i2t, t2i = self._late(asking[0], words)[0], self._late(patches, asking[1])[1].T
         own = torch.arange(len(words.tokens), device=i2t.device)[own_rows()]
         i2t, t2i = (drop_small_gradients(s, self.skip_tol) * scale for s in (i2t, t2i))
-        halves = (F.cross_entropy(s, own, label_smoothing=self.label_smoothing) for s in (i2t, t2i))
-        return sum(halves) / 2
+        halves = [F.cross_entropy(s, own, label_smoothing=self.label_smoothing) for s in (i2t, t2i)]
+        return (halves[0] + halves[1]) / 2
 
 
 class _Side(NamedTuple):

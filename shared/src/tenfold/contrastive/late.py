@@ -7,7 +7,6 @@ https://arxiv.org/abs/2111.07783, section 3.1.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args, overload
 
@@ -15,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tenfold.contrastive.fused import LONGEST, late_interaction_fused
 from tenfold.contrastive.masks import check_mask, check_tokens
 from tenfold.contrastive.tiled import late_interaction_tiled
-from tenfold.errors import UserError
 
 Impl = Literal["auto", "naive", "tiled", "triton"]
 Reduce = Literal["mean", "sum"]
@@ -116,7 +115,7 @@ def late_interaction(
     Raises:
         ValueError: tokens or masks that do not fit, a row without a valid token, an option that
             does not exist.
-        UserError: "triton" where it cannot run.
+        UserError: "triton" where it cannot run, or what it does not take.
     """
     for option, value, known in (("impl", impl, Impl), ("reduce", reduce, Reduce)):
         if value not in get_args(known):
@@ -204,29 +203,17 @@ def late_interaction_naive(
 def _form(impl: Impl, *tokens: Tensor) -> Form:
     """The function behind a name; all take the same arguments and return sums and winners."""
     device, dtype = tokens[0].device, torch.promote_types(tokens[0].dtype, tokens[1].dtype)
-    if impl == "triton" or (impl == "auto" and device.type == "cuda" and dtype != torch.float64):
-        fused = _fused(device)
-        if fused is not None:
-            return fused
-        if impl == "triton":
-            raise UserError(
-                f"the Triton kernels of late interaction do not run on {device.type} here",
-                where="impl='triton'",
-                fix="choose impl='auto', which takes tiles instead",
-            )
+    if impl == "triton" or (
+        impl == "auto"
+        and device.type == "cuda"
+        and dtype != torch.float64
+        and tokens[1].shape[1] <= LONGEST
+        and importlib.util.find_spec("triton") is not None
+    ):
+        return late_interaction_fused
     form = late_interaction_naive if impl == "naive" else late_interaction_tiled
     dtype = torch.promote_types(dtype, torch.float32)
     return lambda v, t, *masks, **options: form(v.to(dtype), t.to(dtype), *masks, **options)
-
-
-def _fused(device: torch.device) -> Form | None:
-    """The kernels, where they are installed and the device, or Triton's interpreter, runs them."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    modules = ("triton", "tenfold.contrastive.fused")
-    if any(importlib.util.find_spec(module) is None for module in modules):
-        return None
-    return importlib.import_module(modules[1]).late_interaction_fused
 
 
 def _count(mask: Tensor | None, tokens: Tensor) -> Float[Tensor, " rows"]:

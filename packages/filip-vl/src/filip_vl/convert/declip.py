@@ -58,6 +58,6 @@ def convert_declip(state: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Co
         "min_log_scale": 3.0,
         "max_log_scale": 6.0,
     }
-    note = "captions need DeCLIP's ids, with a mask symbol before start and end: --tokenizer declip"
+    note = "captions need ids with DeCLIP's mask symbol before the start: --tokenizer-layout declip"
     found = fields_of(weights, told | dict(fields))
     return Converted("declip-filip", found, weights, tuple(ignored), (note,))

@@ -40,6 +40,7 @@ class FilipConfig:
         pooled: one token each, the class token and the end token: CLIP, the baseline.
         learned_tokens: number of tokens that a `TokenLearner` makes of the patches; 0 for none.
         end_id: id of a caption's end; None for the largest id.
+        token_std: of the ids' embeddings at the start.
         min_log_scale: lower bound of the logarithm of 1 / temperature; None for none.
         max_log_scale: its upper bound.
 
@@ -67,6 +68,7 @@ class FilipConfig:
     pooled: bool = False
     learned_tokens: int = 0
     end_id: int | None = None
+    token_std: float = 0.02
     min_log_scale: float | None = None
     max_log_scale: float = math.log(100)
 
@@ -139,6 +141,7 @@ _TINY = FilipConfig(
     vocab_size=27,
     embed_dim=32,
     act="gelu",
+    token_std=1.0,  # with CLIP's 0.02 its loss needs more steps than the embedded task has
 )
 
 CONFIGS: Mapping[str, FilipConfig] = {

@@ -65,7 +65,7 @@ class FilipModel(nn.Module):
         width, embed = config.text_width, config.embed_dim
         self.visual = VisionTower(config)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.token_embedding.weight, std=config.token_std)
         self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
         self.transformer = Transformer(width, config.text_layers, config.text_heads, config.act)
         self.ln_final = nn.LayerNorm(width)
@@ -226,6 +226,20 @@ class FilipModel(nn.Module):
                     f"captions end with id {tokenizer.end_id} for the tokenizer, with "
                     f"{self.config.end} for the network"
                 )
+        self._tokenizer = tokenizer
+
+    def set_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer with other ids; their embeddings begin anew if their number differs.
+
+        Args:
+            tokenizer: of the captions from here on.
+        """
+        size, end = tokenizer.vocab_size, tokenizer.end_id
+        if size != self.config.vocab_size:
+            old = self.token_embedding.weight
+            self.token_embedding = nn.Embedding(size, old.shape[1]).to(old)
+            nn.init.normal_(self.token_embedding.weight, std=self.config.token_std)
+        self.config = replace(self.config, vocab_size=size, end_id=end)
         self._tokenizer = tokenizer
 
     def set_image_size(self, image_size: int) -> None:

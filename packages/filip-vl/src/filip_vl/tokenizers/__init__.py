@@ -52,7 +52,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         return
     fix = "give the tokenizer that the network was trained with"
     if vocab_size == tokenizer.vocab_size + 1:
-        fix = "it may have DeCLIP's mask symbol: --tokenizer declip"
+        fix = "it may have DeCLIP's mask symbol: --tokenizer-layout declip"
     raise UserError(
         f"the tokenizer has {tokenizer.vocab_size} ids, the network {vocab_size}", fix=fix
     )

@@ -1,0 +1,1 @@
+"""What FILIP claims, and how fast its loss is."""

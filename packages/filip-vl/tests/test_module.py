@@ -1,0 +1,175 @@
+"""FilipModule in short runs: what is trained, kept, scored and told."""
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from filip_vl.data import FilipDataModule
+from filip_vl.model import FilipModel
+from filip_vl.module import FilipModule, load_model
+from filip_vl.tokenizers import WordTokenizer
+from tenfold.comparing import differences
+from tenfold.errors import UserError
+from tenfold.runs import make_trainer
+from tenfold.training import LAST
+
+
+def pairs(**options: object) -> FilipDataModule:
+    usual = {"batch_size": 8, "train_size": 16, "val_size": 12, "test_size": 12}
+    return FilipDataModule(**{**usual, **options})
+
+
+def module(model: str = "filip_tiny", **options: object) -> FilipModule:
+    torch.manual_seed(0)
+    return FilipModule(model, **{"lr": 1e-3, "warmup": 1, **options})
+
+
+def fit(made: FilipModule, folder: Path, *callbacks: Callback, data=None, epochs=1, **options):
+    usual = {"accelerator": "cpu", "progress": False, "logger": False}
+    usual |= {"default_root_dir": folder, "limit_val_batches": 0}
+    trainer = make_trainer(folder, epochs=epochs, callbacks=callbacks, **{**usual, **options})
+    trainer.fit(made, datamodule=data or pairs())
+    return trainer
+
+
+def test_towers_that_encode_in_parts_have_the_same_gradient():
+    data = pairs()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    found = []
+    for size in (None, 3, 8):
+        made = module(tower_batch=size).train()
+        made.model.set_vocabulary(data.tokenizer)
+        out = made(batch)
+        made.loss(out.image.tokens, out.text.tokens, out.logit_scale, out.image.mask,
+                  out.text.mask).backward()  # fmt: skip
+        found.append({name: p.grad for name, p in made.named_parameters()})
+    assert differences(found[1], found[0], 1e-5) == ""
+    assert differences(found[2], found[0], 1e-5) == ""
+
+
+@pytest.mark.parametrize("name", ["filip_tiny", "clip_tiny"])
+def test_a_run_opens_again_as_a_model(tmp_path, name):
+    made = module(name)
+    fit(made, tmp_path)
+    made.eval()
+    pixels, captions = torch.rand(2, 3, 48, 48), ["a red ring", "a blue square and a red ring"]
+    for path in (tmp_path, tmp_path / LAST):
+        model = load_model(path)
+        assert not model.training
+        for ours, theirs in (
+            (model.encode_image(pixels), made.model.encode_image(pixels)),
+            (model.encode_text(captions), made.model.encode_text(captions)),
+        ):
+            assert torch.equal(ours.tokens, theirs.tokens)
+    made.model.save_pretrained(tmp_path / "folder")
+    again = load_model(tmp_path / "folder")
+    assert torch.equal(again.encode_text(captions).tokens, model.encode_text(captions).tokens)
+
+
+def test_training_goes_on_from_a_model_folder(tmp_path):
+    first = module()
+    fit(first, tmp_path / "a")
+    first.model.save_pretrained(tmp_path / "folder")
+    made = FilipModule(str(tmp_path / "folder"), lr=1e-3)
+    assert differences(made.model.state_dict(), first.model.state_dict()) == ""
+    assert made.model.training
+    fit(made, tmp_path / "b")
+    assert differences(made.model.state_dict(), first.model.state_dict()) != ""
+
+
+class Tokens(Callback):
+    """What validation sees."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
+        image, text = pl_module.model(batch.image, batch.ids)[:2]
+        for row, words in enumerate(text.normalized()):
+            self.pairs.append((image.normalized()[row], words[text.mask[row]], batch.image_id[row]))
+
+
+def test_validation_is_retrieval_among_all_pairs(tmp_path):
+    seen = Tokens()
+    trainer = fit(module(), tmp_path, seen, limit_val_batches=1.0)
+    assert len(seen.pairs) == 12
+    i2t = torch.tensor(
+        [[(v @ t.T).amax(1).mean() for _, t, _ in seen.pairs] for v, _, _ in seen.pairs]
+    )
+    t2i = torch.tensor(
+        [[(v @ t.T).amax(0).mean() for _, t, _ in seen.pairs] for v, _, _ in seen.pairs]
+    )
+    for name, z in (("i2t", i2t), ("t2i", t2i.T)):
+        ranks = 1 + (z > z.diagonal()[:, None]).sum(1)
+        for k in (1, 5, 10):
+            wanted = (ranks <= k).double().mean().item()
+            found = trainer.callback_metrics[f"val/{name}_r{k}"].item()
+            assert found == pytest.approx(wanted)
+
+
+def test_the_temperature_stays_in_its_bounds_and_that_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("filip_vl.module._PATIENCE", 3)
+    made = module()
+    with torch.no_grad():
+        made.model.logit_scale.fill_(math.log(100))
+    made.model.logit_scale.register_hook(lambda grad: torch.full_like(grad, -1.0))  # it grows
+    fit(made, tmp_path, epochs=2)
+    assert made.model.logit_scale.item() <= math.log(100) + 1e-6
+    assert "the temperature was at its bound, 0.01, for 3 steps" in caplog.text
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    made = module()
+    with torch.no_grad():
+        made.model.visual.proj.fill_(torch.nan)
+    made.model.check_finite = False
+    with pytest.raises((UserError, FloatingPointError)):
+        fit(made, tmp_path)
+
+
+def test_a_selection_of_few_tokens_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        fit(module(token_fraction=0.2), tmp_path, limit_train_batches=1)
+    assert "token_fraction 0.2 keeps 7 patches and 4 words" in caplog.text
+
+
+def test_the_learning_rate_grows_with_the_batch(tmp_path):
+    made = module(lr=None, base_lr=1e-3, warmup=0)
+    trainer = fit(made, tmp_path, limit_train_batches=1)
+    [group, *_] = trainer.optimizers[0].param_groups
+    assert group["initial_lr"] == pytest.approx(1e-3 * math.sqrt(8 / 512))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 1e-3, "base_lr": 1e-3}, "give one of them"),
+        ({"tower_batch": 0}, "tower_batch must be 1 or more"),
+        ({"model": "nowhere"}, "no such model: nowhere"),
+        ({"token_fraction": 2.0}, "token_fraction"),
+        ({"fields": {"width": 3}}, "width"),
+    ],
+)
+def test_what_does_not_fit_is_told(options, message):
+    with pytest.raises(UserError, match=message):
+        FilipModule(**options)
+
+
+def test_another_vocabulary_is_refused_where_weights_are_there(tmp_path):
+    tokenizer = WordTokenizer.train(["a dog", "two cats"])
+    FilipModel.from_config("filip_tiny", tokenizer=tokenizer).save_pretrained(tmp_path / "folder")
+    made = FilipModule(str(tmp_path / "folder"), lr=1e-3)
+    with pytest.raises(UserError, match=r"the data have 27 ids, the model \d+.*--data.tokenizer"):
+        fit(made, tmp_path / "run")
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="not a checkpoint of filip-vl"):
+        load_model(tmp_path / "other.ckpt")
