@@ -52,7 +52,7 @@ def ask(app, method, path, **options):
     """Status, headers and content of one request."""
 
     async def once():
-        async with TestClient(TestServer(app)) as client:
+        async with TestClient(TestServer(app)) as client:  # noqa: SIM117
             async with client.request(method, path, **options) as response:
                 content = await response.read()
                 is_json = response.content_type == "application/json"
