@@ -121,6 +121,7 @@ def test_images_come_by_number_as_the_model_saw_them(model, tmp_path):
     assert (abs(shown.astype(int) - (200, 30, 30)) < 12).all()
     assert seen_part(Image.fromarray(wide), 10).getpixel((5, 5)) == (200, 30, 30)
     (tmp_path / "photos" / "wide.png").unlink()
+    app = make_app(TokenIndex.open(tmp_path / "i"), model)  # an app belongs to one event loop
     assert ask(app, "GET", "/image/0?side=64")[0] == 404
 
 

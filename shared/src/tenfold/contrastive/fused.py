@@ -375,7 +375,7 @@ def _processors(device: torch.device) -> int:
 def _launch(
     kernel: str,
     grid: tuple[int, ...],
-    shape: tuple[int, int, int],
+    shape: torch.Size,
     operands: tuple[Tensor | None, ...],
     texts: _Texts,
     run: _Run,
