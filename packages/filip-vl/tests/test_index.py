@@ -31,13 +31,15 @@ from filip_vl.index import (
 )
 from filip_vl.index.arrays import GrowingArray
 from filip_vl.index.build import index_format
-from filip_vl.index.compress import dequantise, quantise
+from filip_vl.index.compress import quantise
 from filip_vl.index.items import SceneImage
 from filip_vl.index.meta import IndexMeta
+from filip_vl.index.search import text_to_image
 from filip_vl.index.writer import IndexWriter, Rows
 from filip_vl.model import FilipModel
 from filip_vl.synthetic import scene
 from filip_vl.tokenizers import WordTokenizer
+from tenfold.contrastive import late_interaction
 from tenfold.errors import UserError
 
 TOKENIZER = WordTokenizer.train(shape_vocabulary())
@@ -71,7 +73,7 @@ def tokens_of(model, images) -> torch.Tensor:
     return tokens / tokens.square().sum(-1, keepdim=True).sqrt()
 
 
-def text_to_image(images, query) -> list[float]:
+def scores_of(images, query) -> list[float]:
     """The equation, one image at a time."""
     return [float((image @ query.T).max(0).values.mean()) for image in images]
 
@@ -137,7 +139,9 @@ def test_int8_is_within_half_a_step():
     assert values.dtype == np.int8
     step = abs(tokens).max(1, keepdims=True) / 127
     # float16 scales are off by up to 2^-11 of themselves, 127 steps away from zero
-    assert (abs(dequantise(values, scales) - tokens) <= step * (0.5 + 127 * 2**-11)).all()
+    assert (
+        abs(values * scales.astype(np.float64)[:, None] - tokens) <= step * (0.5 + 127 * 2**-11)
+    ).all()
     assert not values[7].any()
 
 
@@ -205,7 +209,7 @@ def test_more_than_256_places_take_two_bytes(patches, kind, tmp_path):
 def test_search_is_the_equation(model, built):
     truth = tokens_of(model, [scene(3, n).image for n in range(200)])
     query = text_query(model, QUERY).tokens
-    scores = text_to_image(truth, query.double())
+    scores = scores_of(truth, query.double())
     order = sorted(range(200), key=lambda n: -scores[n])
     for hits in (built.exact(query, 10), built.search(query, 10, candidates=1000)):
         assert [hit.number for hit in hits] == order[:10]
@@ -216,6 +220,14 @@ def test_search_is_the_equation(model, built):
             chosen = of_image[hit.places, range(len(query))]
             np.testing.assert_allclose(chosen, of_image.max(0).values, atol=1e-3)
             assert hit.item.key == f"scene {hit.number} of set 3"
+
+
+def test_the_score_is_late_interaction():
+    torch.manual_seed(0)
+    images, query = torch.randn(5, 7, 4), torch.randn(3, 4)
+    torch.testing.assert_close(
+        text_to_image(images, query), late_interaction(images, query[None])[1][:, 0]
+    )
 
 
 def test_the_prefilter_takes_the_most_similar_means(model, built):

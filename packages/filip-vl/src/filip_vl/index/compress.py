@@ -71,10 +71,3 @@ def quantise(
     scales = (abs(tokens).max(1, initial=0) / _MOST).astype(np.float16)
     steps = np.where(scales > 0, scales, 1).astype(np.float32)[:, None]
     return np.rint(tokens / steps).clip(-_MOST, _MOST).astype(np.int8), scales
-
-
-def dequantise(
-    values: Int8[ndarray, "tokens dim"], scales: Float16[ndarray, " tokens"]
-) -> Float[ndarray, "tokens dim"]:
-    """The tokens that `quantise` made smaller, as float32."""
-    return values.astype(np.float32) * scales.astype(np.float32)[:, None]

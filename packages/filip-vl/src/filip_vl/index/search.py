@@ -9,17 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from numpy import ndarray
 from torch import Tensor
 
 from filip_vl.index.arrays import map_array
-from filip_vl.index.compress import dequantise
 from filip_vl.index.items import ITEMS_FILE, Item, ItemList
 from filip_vl.index.meta import IndexMeta, checkpoint_hash, refuse_checkpoint
 from filip_vl.index.writer import array_file, check_items, layout, rows_of
 from filip_vl.model import FilipModel
-from tenfold.contrastive import late_interaction
+from tenfold.contrastive import kept_count
 from tenfold.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -89,9 +88,10 @@ class TokenIndex:
         self._tokens, self._means = arrays["tokens"], arrays["means"]
         self._scales, self._positions = arrays.get("scales"), arrays.get("positions")
         self._offsets = np.array(arrays["offsets"])
-        self._counts = np.diff(self._offsets)
-        self._empty = torch.from_numpy(self._counts == 0)
-        if int(self._offsets[-1]) != self.extent.tokens or (self._counts < 0).any():
+        counts = np.diff(self._offsets)
+        self._empty = torch.from_numpy(counts == 0)
+        each = kept_count(self.format.token_fraction, self.format.tokens_per_image)
+        if self._offsets[-1] != self.extent.tokens or not np.isin(counts, (0, each)).all():
             fix = "the index is damaged: build it anew"
             raise UserError("the tokens of the images do not add up", where=str(folder), fix=fix)
 
@@ -195,7 +195,7 @@ class TokenIndex:
         self, tokens: Float[Tensor, "words dim"], k: int, numbers: Int64[Tensor, " candidates"]
     ) -> Found:
         scores = [
-            _text_to_image(*self._read(part), tokens)
+            text_to_image(self._rows(part.numpy()), tokens.float())
             for part in numbers.split(self._images_at_once)
         ]
         return _best(Found(numbers, torch.cat(scores)), k)
@@ -218,20 +218,7 @@ class TokenIndex:
     def _images_at_once(self) -> int:
         return max(1, _BLOCK // (self.format.tokens_per_image * self.format.width))
 
-    def _read(
-        self, numbers: Int64[Tensor, " images"]
-    ) -> tuple[Float[Tensor, "images tokens dim"], Bool[Tensor, "images tokens"]]:
-        """Tokens of some images, padded to the longest, and which are none of the padding."""
-        rows = torch.from_numpy(self._rows(numbers.numpy()))
-        counts = torch.from_numpy(self._counts)[numbers]
-        mask = torch.arange(int(counts.max())) < counts[:, None]
-        if mask.all():
-            return rows.view(*mask.shape, -1), mask
-        return rows.new_zeros(*mask.shape, rows.shape[1]).masked_scatter_(
-            mask[..., None], rows
-        ), mask
-
-    def _rows(self, numbers: Int64[ndarray, " images"]) -> Float[ndarray, "tokens dim"]:
+    def _rows(self, numbers: Int64[ndarray, " images"]) -> Float[Tensor, "images tokens dim"]:
         """Tokens of some images, in rising order, as float32."""
         starts, stops = self._offsets[numbers], self._offsets[numbers + 1]
         # neighbours are read in one go
@@ -239,14 +226,16 @@ class TokenIndex:
         first, last = np.append(0, breaks), np.append(breaks, len(numbers)) - 1
         runs = [slice(*run) for run in zip(starts[first], stops[last], strict=True)]
         tokens = np.concatenate([self._tokens[run] for run in runs])
-        if self._scales is None:
-            return torch.from_numpy(tokens).float().numpy()  # faster than NumPy's conversion
-        return dequantise(tokens, np.concatenate([self._scales[run] for run in runs]))
+        rows = torch.from_numpy(tokens).float()  # faster than NumPy's conversion
+        if self._scales is not None:
+            scales = np.concatenate([self._scales[run] for run in runs])
+            rows *= torch.from_numpy(scales).float()[:, None]
+        return rows.view(len(numbers), -1, self.format.width)
 
     def _hits(self, tokens: Float[Tensor, "words dim"], found: Found) -> list[Hit]:
         hits = []
         for number, score in zip(found.numbers.tolist(), found.scores.tolist(), strict=True):
-            of_image = torch.from_numpy(self._rows(np.array([number])))
+            of_image = self._rows(np.array([number]))[0]
             best, rows = (of_image @ tokens.float().T).max(0)
             places = rows.numpy()
             if self._positions is not None:
@@ -261,12 +250,15 @@ def recall_of(found: list[Hit], best: list[Hit]) -> float:
     return sum(hit.score >= bar for hit in found) / len(best)
 
 
-def _text_to_image(
-    images: Float[Tensor, "images tokens dim"],
-    mask: Bool[Tensor, "images tokens"],
-    query: Float[Tensor, "words dim"],
+def text_to_image(
+    images: Float[Tensor, "images tokens dim"], query: Float[Tensor, "words dim"]
 ) -> Float[Tensor, " images"]:
-    return late_interaction(images, query[None].float(), mask)[1][:, 0]
+    """s^T of one query: each word's best token of the image, averaged (section 3.4).
+
+    One direction and one text: fewer and larger steps than `late_interaction` takes for many.
+    """
+    similarities = query @ images.flatten(0, 1).T
+    return similarities.unflatten(1, images.shape[:2]).amax(2).mean(0)
 
 
 def _best(found: Found, k: int) -> Found:
