@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from filip_vl.alignment import Alignment, alignment_map
     from filip_vl.convert import read_checkpoint
     from filip_vl.data import FilipDataModule
+    from filip_vl.index import TokenIndex, build_index
     from filip_vl.model import CONFIGS, FilipConfig, FilipModel, FilipOutput, TokenBatch
     from filip_vl.report import plot_alignment
     from filip_vl.tokenizers import BPETokenizer, Tokenizer, WordTokenizer
@@ -20,6 +21,7 @@ _HOMES = {
     "filip_vl.alignment": ("Alignment", "alignment_map"),
     "filip_vl.convert": ("read_checkpoint",),
     "filip_vl.data": ("FilipDataModule",),
+    "filip_vl.index": ("TokenIndex", "build_index"),
     "filip_vl.model": ("CONFIGS", "FilipConfig", "FilipModel", "FilipOutput", "TokenBatch"),
     "filip_vl.report": ("plot_alignment",),
     "filip_vl.tokenizers": ("BPETokenizer", "Tokenizer", "WordTokenizer"),
@@ -36,10 +38,12 @@ __all__ = [
     "FilipModel",
     "FilipOutput",
     "TokenBatch",
+    "TokenIndex",
     "Tokenizer",
     "WordTokenizer",
     "ZeroShotClassifier",
     "alignment_map",
+    "build_index",
     "plot_alignment",
     "read_checkpoint",
 ]

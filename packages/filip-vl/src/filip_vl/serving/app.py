@@ -85,7 +85,7 @@ def serve(
     port: int = PORT,
     *,
     max_upload_mib: float = MAX_UPLOAD_MIB,
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Show the page until Ctrl-C.
 
@@ -95,7 +95,7 @@ def serve(
         host: address to listen on; any but the loopback address opens the images to others.
         port: 0 for any that is free.
         max_upload_mib: size of the largest picture that can be dropped.
-        tell: is given the line with the address, once the page can be opened.
+        tell: is given the line with the address, once the page can be opened; printed if left out.
 
     Raises:
         UserError: the address is taken or is none of this machine, or another model built the
@@ -106,7 +106,7 @@ def serve(
         log.warning("%s is not the loopback address: others can see the indexed images", host)
     app = make_app(index, model, local=local, max_upload_mib=max_upload_mib)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(app, host, port, tell))
+        asyncio.run(_run(app, host, port, tell or _print_now))
 
 
 def is_loopback(host: str) -> bool:
@@ -115,6 +115,10 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _print_now(line: str) -> None:
+    print(line, flush=True)  # the next one may be hours away
 
 
 async def _run(app: web.Application, host: str, port: int, tell: Callable[[str], None]) -> None:
