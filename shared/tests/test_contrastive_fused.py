@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from tenfold.contrastive import Impl, fused, late_interaction
 from tenfold.contrastive.fused import late_interaction_fused
+from tenfold.contrastive.late import kernels_agree
 from tenfold.errors import UserError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -152,6 +153,18 @@ MIXED = [1, 2, 5, 9, 1, 17, 33, 3]
 def test_scores_winners_and_gradients_are_those_by_hand(interpreted, sizes, hidden, dtype):
     p = problem(*sizes, **hidden, dtype=dtype)
     same(interpreted(solved, p), by_hand(p), dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_trial_before_auto_takes_them_finds_them_right(interpreted, dtype):
+    assert interpreted(kernels_agree, torch.device("cpu"), dtype, 32)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_trial_on_the_gpu(dtype):
+    assert kernels_agree(torch.device("cuda", 0), dtype, 256)
 
 
 @needs_triton

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tenfold.contrastive import drop_small_gradients, info_nce, late_interaction, tiled
+from tenfold.contrastive import drop_small_gradients, info_nce, late, late_interaction, tiled
 from tenfold.errors import UserError
 
 REFERENCE = np.load(Path(__file__).parent / "reference/filip-vl/reference_late_interaction.npz")
@@ -388,6 +388,32 @@ def test_kernels_without_a_gpu_are_refused_and_auto_takes_tiles(monkeypatch):
     with pytest.raises(UserError, match="impl='auto'"):
         late_interaction(v, t, impl="triton")
     same([*late_interaction(v, t, impl="auto")], [*late_interaction(v, t, impl="tiled")])
+
+
+def broken(*given: Any, **options: Any) -> Any:
+    raise RuntimeError("PTX of another world\nand more")
+
+
+def wrong(*given: Any, **options: Any) -> Any:
+    i2t, t2i, *winners = tiled.late_interaction_tiled(*given, **options)
+    return (i2t, t2i * 1.1, *winners)
+
+
+@pytest.mark.parametrize(("form", "told"), [(broken, "PTX of another world"), (wrong, "differ by")])
+def test_kernels_that_fail_on_a_device_are_not_taken(monkeypatch, caplog, form, told):
+    given = torch.device("cpu"), torch.float32, 8
+    monkeypatch.setattr(late, "late_interaction_fused", tiled.late_interaction_tiled)
+    late.kernels_agree.cache_clear()
+    with torch.no_grad():
+        assert late.kernels_agree(*given)
+    assert not caplog.text
+    monkeypatch.setattr(late, "late_interaction_fused", form)
+    assert late.kernels_agree(*given)  # a device is tried once
+    late.kernels_agree.cache_clear()
+    assert not late.kernels_agree(*given)
+    assert told in caplog.text
+    assert "and more" not in caplog.text
+    late.kernels_agree.cache_clear()
 
 
 def test_tiles_say_that_they_have_no_second_derivative():

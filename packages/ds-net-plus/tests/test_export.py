@@ -279,7 +279,7 @@ def test_bad_input(cnn, tmp_path, monkeypatch):
     refused("unknown export format none", [0], [])
     refused("batch must be", [0], ["torch"], batch=0)
     with monkeypatch.context() as patch:
-        patch.setattr(export.importlib.util, "find_spec", lambda name: None)
+        patch.setattr("importlib.util.find_spec", lambda name: None)
         refused(r"needs onnx, onnxscript, onnxruntime.*ds-net-plus\[export\]", [0], ["onnx"])
     with pytest.raises(UserError, match="recalibrate"):
         export_routes(DSConvNet(), tmp_path / "new", [0], ["torch"])

@@ -107,7 +107,7 @@ class FakeHub:
         monkeypatch.setattr(HfApi, "create_repo", self.create_repo)
         monkeypatch.setattr(HfApi, "file_exists", self.file_exists)
         monkeypatch.setattr(HfApi, "upload_folder", self.upload_folder)
-        monkeypatch.setattr(hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
 
     def create_repo(self, repo_id, **options):
         self.calls.append(options)

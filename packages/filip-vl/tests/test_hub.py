@@ -64,7 +64,7 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
         asked.append((name, options))
         return str(tmp_path)
 
-    monkeypatch.setattr("filip_vl.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     FilipModel.from_pretrained("user/model", revision="v1")
     [(name, options)] = asked
     assert (name, options["revision"]) == ("user/model", "v1")
@@ -73,7 +73,7 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     def refuse(name: str, **options) -> str:
         raise OSError("no network\nand more")
 
-    monkeypatch.setattr("filip_vl.hub.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(UserError, match=r"the Hub gave none: no network \(user/other\)"):
         FilipModel.from_pretrained("user/other")
 

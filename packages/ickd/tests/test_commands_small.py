@@ -14,7 +14,7 @@ from torch import nn
 
 from ickd import zoo as cifar
 from ickd.commands import cost
-from ickd.commands.common import columns, open_model, open_saved
+from ickd.commands.common import open_model, open_saved
 from ickd.commands.taps import example_images, list_points
 from ickd.data import ImageData, SegmentationData
 from ickd.measure import icc_formula
@@ -421,8 +421,3 @@ def test_a_model_folder_of_something_else(published, tmp_path):
 
 
 # -- tables ------------------------------------------------------------------------------------
-
-
-def test_columns_are_as_wide_as_their_widest_cell():
-    text = columns([["name", "n"], ["a", "1,000"], ["long one", ""]])
-    assert text == "name          n\na         1,000\nlong one"

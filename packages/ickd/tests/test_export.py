@@ -188,10 +188,8 @@ def test_a_file_that_answers_differently_does_not_take_its_place(tmp_path, monke
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
     network = open_network(STUDENT)
-    with pytest.raises(UserError, match="unknown format 'tflite'"):
-        exporting.check_format("tflite")
     with monkeypatch.context() as patch:
-        patch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+        patch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"onnx, onnxscript, onnxruntime.*ickd\[export\]"):
             export_graph(network, tmp_path / "g.onnx")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ickd import hub, zoo
+from ickd import zoo
 from ickd.compiling import CompiledNetwork
 from ickd.hub import from_pretrained, save_pretrained
 from ickd.model.deeplab import create_deeplab
@@ -772,7 +772,7 @@ def test_a_repository_on_the_hub(tmp_path, monkeypatch):
         asked.append((name, options))
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert same(from_pretrained("user/my-student", revision="v1", token="secret"), network)
     assert asked == [
         (
@@ -798,7 +798,7 @@ def test_a_hub_that_gives_nothing(error, monkeypatch):
     def snapshot(name: str, **_: object) -> str:
         raise error
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(UserError, match="the Hub gave none: ") as caught:
         from_pretrained("user/absent")
     assert str(caught.value).startswith("no such model folder, and the Hub gave none: ")

@@ -8,7 +8,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from ickd.report.cells import mosaic
 from ickd.report.common import PLAIN, STUDENT, around, loss_colors
 from ickd.report.order import ChannelOrder
 from ickd.report.segmentation import class_colors, overlay
-from tenfold.plotting import settle_labels, style
+from tenfold.plotting.tidy import check_tidy
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -71,31 +70,6 @@ def titled(fig: Figure, start: str) -> Axes:
 
 def picture(ax: Axes) -> np.ndarray:
     return np.ma.filled(np.asarray(ax.images[0].get_array(), float), np.nan)
-
-
-def check_tidy(fig: Figure) -> None:
-    """No text that is drawn lies over another one or leaves the figure."""
-    settle_labels(fig)
-    drawn: list[Text] = []
-    draw = Text.draw
-
-    def note(text: Text, renderer: object) -> None:
-        drawn.append(text)
-        draw(text, renderer)
-
-    with style(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Text, "draw", note)
-        fig.canvas.draw()
-    boxes = {t: t.get_window_extent() for t in drawn if t.get_visible() and t.get_text().strip()}
-    assert len(boxes) > 3
-    whole = fig.bbox.padded(1)
-    for text, box in boxes.items():
-        inside = whole.x0 <= box.x0 and whole.y0 <= box.y0
-        inside = inside and box.x1 <= whole.x1 and box.y1 <= whole.y1
-        assert inside, f"{text.get_text()!r} leaves the figure"
-    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
-        over = a.padded(-1).overlaps(b.padded(-1))
-        assert not over, f"{one.get_text()!r} lies over {other.get_text()!r}"
 
 
 # -- order --------------------------------------------------------------------------------------

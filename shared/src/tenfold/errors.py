@@ -20,3 +20,9 @@ class UserError(Exception):
         self.what, self.where, self.fix = what, where, fix
         line = what + (f" ({where})" if where else "") + (f": {fix}" if fix else "")
         super().__init__(" ".join(line.split()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without its full stop; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

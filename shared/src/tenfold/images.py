@@ -52,7 +52,9 @@ def read_image(source: ImageSource, max_pixels: int | None = None) -> Image.Imag
         raise UserError("no image, or an unknown format", where=where) from error
     except (*BROKEN, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the image: {why}", where=where) from error
+        bomb = isinstance(error, Image.DecompressionBombError)
+        fix = "give a max_pixels above it, if you trust it" if bomb else None
+        raise UserError(f"cannot read the image: {why}", where=where, fix=fix) from error
 
 
 def _opened(source: ImageSource, max_pixels: int | None) -> Image.Image:

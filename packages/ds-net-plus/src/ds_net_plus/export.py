@@ -9,10 +9,8 @@ sliced network does before the manifest names it.
 """
 
 import copy
-import importlib.util
 import json
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +25,12 @@ from ds_net_plus.model import DynamicNet, check_statistics, create_model
 from ds_net_plus.model.routes import LARGEST, RouteLike
 from tenfold.checkpoint import atomic_file, load_state
 from tenfold.errors import UserError
+from tenfold.graphs import GraphFormat, check_graph_format, open_graph, write_graph
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_GRAPHS: dict[str, GraphFormat] = {"onnx": "onnx", "exported-program": "pt2"}
 SUFFIXES = {"torch": ".safetensors", "onnx": ".onnx", "exported-program": ".pt2"}
 TOLERANCE = 1e-5
 # neither is the batch size that a dynamic axis was traced with
@@ -217,10 +217,8 @@ def _check_formats(formats: Sequence[str]) -> None:
     if unknown or not formats:
         fix = f"choose from {', '.join(SUFFIXES)}"
         raise UserError(f"unknown export format {unknown or 'none'}", fix=fix)
-    needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
-    lacking = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
-    if lacking:
-        raise UserError(f"format onnx needs {lacking}", fix='pip install "ds-net-plus[export]"')
+    if "onnx" in formats:
+        check_graph_format("onnx", "ds-net-plus")
 
 
 def _parts(net: DynamicNet, chosen: Sequence[RouteLike]) -> list[Part]:
@@ -303,15 +301,8 @@ def _save(module: nn.Module, program: Any, part: Part, format: str, path: Path) 
         layout = torch.contiguous_format  # the only one that safetensors knows
         state = {k: v.clone(memory_format=layout) for k, v in module.state_dict().items()}
         safetensors.torch.save_file(state, path)
-    elif format == "onnx":
-        inputs, outputs = [part.ports[0]], list(part.ports[1])
-        options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
-        torch.onnx.export(program, (), path, input_names=inputs, output_names=outputs, **options)
     else:
-        with warnings.catch_warnings():
-            # weights in channels_last are whole, but not in the order that torch calls complete
-            warnings.filterwarnings("ignore", "No complete tensor found")
-            torch.export.save(program, path)
+        write_graph(program, path, _GRAPHS[format], [part.ports[0]], part.ports[1])
 
 
 def _entry(plan: _Plan, part: Part, done: Sequence[Exported]) -> dict[str, Any]:
@@ -398,27 +389,11 @@ def load_exported(folder: str | Path, part: RouteLike = "front", format: str = "
 
 def _open(path: Path, format: str, recipe: Mapping[str, Any], part: Part) -> Run:
     """Opens a file; `recipe` says how to rebuild the module whose weights a "torch" file holds."""
-    if format == "onnx":
-        return _onnx_session(path)
-    if format == "exported-program":
-        return torch.export.load(path).module()
+    if format in _GRAPHS:
+        return open_graph(path, _GRAPHS[format])
     with torch.device("meta"):
         net = create_model(recipe["arch"], **recipe["config"])
         module = _plain(net, part, recipe["fold_bn"])
     module = module.to_empty(device="cpu")
     module.load_state_dict(load_state(path))
     return module.to(memory_format=_LAYOUTS[recipe["channels_last"]])  # pyright: ignore[reportCallIssue]
-
-
-def _onnx_session(path: Path) -> Run:
-    import onnxruntime  # an extra: only those who export ONNX have it
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(x: Tensor) -> Any:
-        outputs = session.run(None, {name: x.detach().cpu().contiguous().numpy()})
-        tensors = [torch.as_tensor(output) for output in outputs]
-        return tuple(tensors) if len(tensors) > 1 else tensors[0]
-
-    return run

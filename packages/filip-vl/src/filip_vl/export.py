@@ -9,12 +9,10 @@ before it takes its place.
 from __future__ import annotations
 
 import copy
-import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -22,9 +20,8 @@ from torch import Tensor, nn
 
 from filip_vl.data.transforms import CLIP_MEAN, CLIP_STD
 from filip_vl.model import FilipModel
-from tenfold.errors import UserError
+from tenfold.graphs import GraphFormat, check_graph_format, open_graph, write_graph
 
-Format = Literal["onnx", "pt2"]
 Tower = Literal["image", "text"]
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From pixels or ids to tokens and their mask."""
@@ -108,7 +105,7 @@ def export_tower(
     model: FilipModel,
     tower: Tower,
     path: str | Path,
-    format: Format = "onnx",
+    format: GraphFormat = "onnx",
     *,
     check: bool = True,
 ) -> Exported:
@@ -126,7 +123,7 @@ def export_tower(
         UserError: packages that the format needs are missing.
         RuntimeError: the file does not answer as the network does.
     """
-    check_format(format)
+    check_graph_format(format, "filip-vl")
     path = Path(path)
     still = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     network = _TOWERS[tower](still)
@@ -138,10 +135,10 @@ def export_tower(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        _write(program, part, format, tower)
+        write_graph(program, part, format, [_INPUTS[tower]], ["tokens", "mask"])
         deviation = None
         if check:
-            answers = open_graph(part, format, tower)
+            answers = open_graph(part, format)
             deviation = deviation_between(network, answers, still, tower)
             _check(deviation, format, f"the {format} file of the {tower} tower")
         part.replace(path)
@@ -171,37 +168,6 @@ def export_folder(model: FilipModel, folder: str | Path, *, check: bool = True) 
         apart = deviation_between(make(still), make(again), still, tower)
         deviation = max(deviation, _check(apart, "safetensors", "the model folder"))
     return Exported(Path(folder), "safetensors", deviation)
-
-
-def check_format(format: str) -> None:
-    """Make sure that a graph can be written in this format here.
-
-    Raises:
-        UserError: an unknown format, or packages that it needs are missing.
-    """
-    if format not in get_args(Format):
-        known = ", ".join(get_args(Format))
-        raise UserError(f"unknown format {format!r} of a graph", fix=f"choose {known}")
-    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
-    lacking = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
-    if lacking:
-        raise UserError(f"format onnx needs {lacking}", fix='pip install "filip-vl[export]"')
-
-
-def open_graph(path: str | Path, format: Format, tower: Tower) -> Run:
-    """A written graph as a function on the CPU."""
-    if format == "pt2":
-        return torch.export.load(path).module()
-    import onnxruntime  # an extra: only those who export ONNX have it
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def run(given: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = {_INPUTS[tower]: given.contiguous().numpy()}
-        tokens, mask = session.run(["tokens", "mask"], inputs)
-        return torch.as_tensor(tokens), torch.as_tensor(mask)
-
-    return run
 
 
 @torch.no_grad()
@@ -244,16 +210,3 @@ def _check(deviation: float, format: str, what: str) -> float:
         limit = f"{deviation:.2g}, more than {TOLERANCE[format]:g}"
         raise RuntimeError(f"{what} differs from the network by {limit}")
     return deviation
-
-
-def _write(program: Any, path: Path, format: Format, tower: Tower) -> None:
-    if format == "pt2":
-        torch.export.save(program, path)
-        return
-    options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
-    with warnings.catch_warnings():
-        # of torch's own exporter about its own libraries
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        names = {"input_names": [_INPUTS[tower]], "output_names": ["tokens", "mask"]}
-        torch.onnx.export(program, (), path, **names, **options)

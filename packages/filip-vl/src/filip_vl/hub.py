@@ -6,28 +6,24 @@ A folder holds model.safetensors, config.json and, where the model has a tokeniz
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from tenfold.checkpoint import (
     CONFIG_FILE,
-    WEIGHTS_FILE,
     atomic_file,
     load_model_files,
     save_model,
 )
 from tenfold.errors import UserError
+from tenfold.hub import model_folder
 
 TOKENIZER_FILE = "tokenizer.json"
 MODEL_TYPE = "filip-vl"
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -90,12 +86,14 @@ def read_folder(
     Raises:
         UserError: there is no such folder or repository, or it holds no model of filip-vl.
     """
-    folder = Path(name)
-    if folder.is_file():
-        fix = "give its folder, or convert a published checkpoint first: filip-vl convert"
-        raise UserError("a file, no model folder", where=str(name), fix=fix)
-    if not folder.is_dir():
-        folder = _download(str(name), revision=revision, token=token, cache_dir=cache_dir)
+    folder = model_folder(
+        name,
+        instead="give its folder, or convert a published checkpoint first: filip-vl convert",
+        further=[TOKENIZER_FILE],
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+    )
     state, config = load_model_files(folder)
     if config.pop("model_type", None) != MODEL_TYPE:
         fix = "convert a published checkpoint first: filip-vl convert"
@@ -108,19 +106,3 @@ def _read_tokenizer(file: Path) -> str | None:
         return file.read_text("utf-8") if file.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read it: {error}", where=str(file)) from error
-
-
-def _download(name: str, **options: Any) -> Path:
-    """The folder in the cache of a repository on the Hub."""
-    if not _HUB_ID.fullmatch(name):
-        raise UserError("no such model folder", where=name, fix="give a folder or user/name")
-    try:
-        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE]
-        return Path(snapshot_download(name, allow_patterns=files, **options))
-    except Exception as error:  # the hub, the network and the disk raise many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"no such model folder, and the Hub gave none: {lines[0].rstrip('.:')}",
-            where=name,
-            fix="check the name and the network; a private repository needs `hf auth login`",
-        ) from error

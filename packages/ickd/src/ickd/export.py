@@ -8,21 +8,17 @@ answer as the network does before it takes its place.
 from __future__ import annotations
 
 import copy
-import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import torch
 import torch._dynamo.exc as torch_dynamo
 from torch import Tensor
 
 from ickd.networks import Network
-from tenfold.errors import UserError
-
-Format = Literal["onnx", "pt2"]
+from tenfold.errors import UserError, first_line
+from tenfold.graphs import GraphFormat, check_graph_format, open_graph, write_graph
 
 TOLERANCE: dict[str, float] = {"onnx": 1e-4, "pt2": 1e-5, "safetensors": 1e-5}
 """Largest difference from the network's outputs, relative to the largest of them, by format."""
@@ -64,7 +60,7 @@ class Exported:
 def export_graph(
     network: Network,
     path: str | Path,
-    format: Format = "onnx",
+    format: GraphFormat = "onnx",
     image_size: int | None = None,
     *,
     check: bool = True,
@@ -83,49 +79,19 @@ def export_graph(
             be traced.
         RuntimeError: the file does not answer as the network does.
     """
-    check_format(format)
+    check_graph_format(format, "ickd")
     path, size = Path(path), image_size or network.example_size
     still = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
     program = _trace(still, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        _write(program, part, format)
+        write_graph(program, part, format, ["pixels"], ["logits"])
         deviation = _compare(still, open_graph(part, format), format, size) if check else None
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return Exported(format, path, size, deviation)
-
-
-def check_format(format: str) -> None:
-    """Make sure that a graph can be written in this format here.
-
-    Raises:
-        UserError: an unknown format, or packages that it needs are missing.
-    """
-    if format not in get_args(Format):
-        fix = f"choose {', '.join(get_args(Format))}"
-        raise UserError(f"unknown format {format!r} of a graph", fix=fix)
-    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
-    lacking = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
-    if lacking:
-        raise UserError(f"format onnx needs {lacking}", fix='pip install "ickd[export]"')
-
-
-def open_graph(path: str | Path, format: Format) -> Run:
-    """A written graph as a function, pixels in 0..1 -> logits, on the CPU."""
-    if format == "pt2":
-        return torch.export.load(path).module()
-    import onnxruntime  # an extra: only those who export ONNX have it
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def run(pixels: Tensor) -> Tensor:
-        (logits,) = session.run(["logits"], {"pixels": pixels.contiguous().numpy()})
-        return torch.as_tensor(logits)
-
-    return run
 
 
 @torch.no_grad()
@@ -166,8 +132,8 @@ def _trace(network: Network, size: int) -> torch.export.ExportedProgram:
             network, (_pixels(network, _TRACED, size),), dynamic_shapes=shapes
         )
     except (RuntimeError, ValueError, AssertionError, torch_dynamo.UserError) as error:
-        line = str(error).partition("\n")[0]
-        what = f"torch.export cannot trace {network.name} on {size}x{size} pixels: {line}"
+        what = f"torch.export cannot trace {network.name} on {size}x{size} pixels"
+        what += f": {first_line(error)}"
         raise UserError(what, fix="try another --image-size, or --format safetensors") from error
 
 
@@ -179,17 +145,3 @@ def _compare(network: Network, run: Run, format: str, size: int) -> float:
 def _pixels(network: Network, batch: int, size: int) -> Tensor:
     shape = (batch, len(network.expects.mean), size, size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(batch))
-
-
-def _write(program: Any, path: Path, format: Format) -> None:
-    if format == "pt2":
-        torch.export.save(program, path)
-        return
-    options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
-    with warnings.catch_warnings():
-        # of torch's own exporter about its own libraries
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        torch.onnx.export(
-            program, (), path, input_names=["pixels"], output_names=["logits"], **options
-        )

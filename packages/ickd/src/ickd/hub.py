@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ickd.networks import KINDS, Network, open_network
-from tenfold.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model_files, save_model
+from tenfold.checkpoint import CONFIG_FILE, load_model_files, save_model
 from tenfold.errors import UserError
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from tenfold.hub import model_folder
 
 
 def save_pretrained(network: Network, folder: str | Path) -> None:
@@ -68,11 +65,8 @@ def from_pretrained(
     Raises:
         UserError: there is no such folder or repository, or it holds no network of ickd.
     """
-    folder = Path(name)
-    if folder.is_file():
-        raise UserError("a file, no model folder", where=str(name), fix="read it with load_weights")
-    if not folder.is_dir():
-        folder = _download(str(name), revision=revision, token=token, cache_dir=cache_dir)
+    download = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    folder = model_folder(name, instead="read it with load_weights", **download)
     state, config = load_model_files(folder)
     return _build(state, config, str(name))
 
@@ -86,19 +80,3 @@ def _build(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -
     network = open_network(name, mean=mean, std=std, image_size=size, **options)
     network.fill(state, where=where)
     return network.eval()
-
-
-def _download(name: str, **options: Any) -> Path:
-    """The folder in the cache of a repository on the Hub."""
-    if not _HUB_ID.fullmatch(name):
-        raise UserError("no such model folder", where=name, fix="give a folder or user/name")
-    try:
-        files = [CONFIG_FILE, WEIGHTS_FILE]
-        return Path(snapshot_download(name, allow_patterns=files, **options))
-    except Exception as error:  # the hub, the network and the disk raise many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"no such model folder, and the Hub gave none: {lines[0].rstrip('.:')}",
-            where=name,
-            fix="check the name and the network; a private repository needs `hf auth login`",
-        ) from error

@@ -32,7 +32,7 @@ from ickd.synthetic import BLOBS_MEAN, BLOBS_STD, GRATINGS_MEAN, GRATINGS_STD
 from ickd.taps import suggest, tap
 from tenfold.checkpoint import WEIGHTS_FILE, compare_keys, strip_prefix
 from tenfold.distillation import Taps
-from tenfold.errors import UserError
+from tenfold.errors import UserError, first_line
 from tenfold.training import LAST
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -112,7 +112,7 @@ class Network(nn.Module):
         except UserError:
             raise
         except Exception as error:  # whatever the network raises for images it does not like
-            what = f"{self.name} does not take images {tuple(images.shape)}: {_first_line(error)}"
+            what = f"{self.name} does not take images {tuple(images.shape)}: {first_line(error)}"
             fix = "name its taps, or give the image_size or example_size that it wants"
             raise UserError(what, fix=fix) from error
 
@@ -333,7 +333,7 @@ def _timm(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]:
     try:
         net = timm.create_model(which, pretrained=False, **options)
     except (RuntimeError, ValueError, AssertionError) as error:  # an unknown tag among them
-        raise UserError(f"timm cannot build {which!r}: {_first_line(error)}") from error
+        raise UserError(f"timm cannot build {which!r}: {first_line(error)}") from error
     data = resolve_model_data_config(net)
     mean, std = tuple(data["mean"]), tuple(data["std"])
     colours = options.get("in_chans", len(mean))
@@ -362,7 +362,7 @@ def _torchvision(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]
     try:
         net = models.get_model(name, weights=None, **options)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"torchvision cannot build {name!r}: {_first_line(error)}") from error
+        raise UserError(f"torchvision cannot build {name!r}: {first_line(error)}") from error
     return net, Input(IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -370,11 +370,6 @@ def _unknown(library: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=3)
     fix = f"did you mean {', '.join(near)}?" if near else f"{library}'s list_models() has them"
     return UserError(f"{library} has no model {name!r} that classifies images", fix=fix)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def _python(which: str, options: dict[str, Any]) -> tuple[nn.Module, Input]:
@@ -416,7 +411,7 @@ def load_pretrained(network: Network) -> None:
     try:
         state = _PUBLISHED[kind](network, which)
     except Exception as error:  # the hub, the network and the disk raise many kinds
-        what = f"no pretrained weights: {_first_line(error)}"
+        what = f"no pretrained weights: {first_line(error)}"
         fix = "check the connection, or give a file of weights instead"
         raise UserError(what, where=network.name, fix=fix) from error
     if isinstance(network.net, DeepLab):

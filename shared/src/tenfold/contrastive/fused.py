@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tenfold.contrastive.masks import PackedTokens, pack
+from tenfold.contrastive.masks import PackedTokens, pack, place_type
 from tenfold.errors import UserError
 
 SaveArgmax = Literal["auto", "store", "recompute"]
@@ -196,7 +196,7 @@ class _Texts:
             raise UserError(what, where=_WHERE, fix=_FIX)
         self.packed = packed
         self.runs = list(_runs(lengths, patches))
-        self.types = _place_type(longest), _place_type(patches)
+        self.types = place_type(longest), place_type(patches)
         a, b = self.types
         self.winner_bytes = len(lengths) * patches * a.itemsize + len(packed.tokens) * b.itemsize
 
@@ -219,12 +219,6 @@ def _runs(lengths: list[int], patches: int) -> Iterator[_Run]:
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
-
-
-def _place_type(places: int) -> torch.dtype:
-    if places <= 1 << 8:
-        return torch.uint8
-    return torch.int16 if places <= 1 << 15 else torch.int32
 
 
 def _parts(whole: int, part: int) -> int:

@@ -6,17 +6,21 @@ https://arxiv.org/abs/2111.07783, section 3.1.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, get_args, overload
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tenfold.contrastive.fused import LONGEST, late_interaction_fused
 from tenfold.contrastive.masks import check_mask, check_tokens
 from tenfold.contrastive.tiled import late_interaction_tiled
+from tenfold.errors import first_line
 
 Impl = Literal["auto", "naive", "tiled", "triton"]
 Reduce = Literal["mean", "sum"]
@@ -25,6 +29,10 @@ Scores = tuple[Tensor, Tensor]
 ScoresAndWinners = tuple[Tensor, Tensor, Tensor, Tensor]
 Form = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 """`late_interaction_tiled` and what takes and returns the same."""
+
+log = logging.getLogger(__name__)
+
+_APART = 1e-2  # relative; half tokens give some 1e-3
 
 
 @overload
@@ -101,7 +109,8 @@ def late_interaction(
         text_tokens: normalised words of the texts; as many texts as one likes.
         image_mask: True where a patch is valid; all are if left out.
         text_mask: True where a word is valid, which need not be at the front.
-        impl: how: "triton" needs CUDA and Triton; "auto" takes it where it runs, else "tiled".
+        impl: how: "triton" needs CUDA and Triton; "auto" takes it where it runs and agrees with
+            "tiled" on a few tokens, else "tiled".
         reduce: "mean" over the valid tokens that ask, or their "sum" (an ablation, and ColBERT).
         mask_padding: without it padding counts as any token (an ablation).
         return_argmax: also return which word each patch chose and which patch each word.
@@ -209,11 +218,38 @@ def _form(impl: Impl, *tokens: Tensor) -> Form:
         and dtype != torch.float64
         and tokens[1].shape[1] <= LONGEST
         and importlib.util.find_spec("triton") is not None
+        and kernels_agree(device, dtype, tokens[0].shape[2])
     ):
         return late_interaction_fused
     form = late_interaction_naive if impl == "naive" else late_interaction_tiled
     dtype = torch.promote_types(dtype, torch.float32)
     return lambda v, t, *masks, **options: form(v.to(dtype), t.to(dtype), *masks, **options)
+
+
+@functools.cache
+def kernels_agree(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether the kernels give on a device what tiles give, tried once with a few tokens.
+
+    What becomes of them depends on the device and the compiler, and a run should not end for it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(4, n, dim, generator=generator) for n in (20, 9)]
+    v, t = (F.normalize(x, dim=-1).to(device, dtype).requires_grad_() for x in sides)
+    mask = torch.arange(9, device=device) < torch.tensor([[9], [2], [5], [1]], device=device)
+    found: list[Tensor] = []
+    try:
+        with torch.enable_grad():
+            for form in (late_interaction_fused, late_interaction_tiled):
+                i2t, t2i, *_ = form(v, t, None, mask)
+                grads = torch.autograd.grad(i2t.square().sum() + t2i.square().sum(), (v, t))
+                found.append(torch.cat([x.detach().float().flatten() for x in (i2t, t2i, *grads)]))
+        apart = float((found[0] - found[1]).norm() / found[1].norm())
+        wrong = None if apart < _APART else f"they differ by {apart:.1g}"
+    except Exception as error:  # compilers raise many kinds
+        wrong = first_line(error)
+    if wrong is not None:
+        log.warning("no fused kernels on %s, tiles do the work: %s", device, wrong)
+    return wrong is None
 
 
 def _count(mask: Tensor | None, tokens: Tensor) -> Float[Tensor, " rows"]:

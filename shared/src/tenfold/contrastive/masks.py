@@ -110,3 +110,10 @@ def check_mask(mask: Tensor | None, tokens: Tensor, side: str) -> Tensor | None:
         named = ", ".join(map(str, empty[:5])) + more
         raise ValueError(f"no valid token in {side} row {named}")
     return None if mask.all() else mask
+
+
+def place_type(places: int) -> torch.dtype:
+    """The smallest type that holds positions below a number of places."""
+    if places <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if places <= 1 << 15 else torch.int32

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from tenfold.contrastive.masks import PackedTokens, pack
+from tenfold.contrastive.masks import PackedTokens, pack, place_type
 
 _TILE = 1 << 20
 """Bytes of a tile of S: it stays in a core's second-level cache."""
@@ -184,15 +184,9 @@ class _Found:
         sums = v_bnd.new_empty(2, texts, images)
         if not winners:
             return cls(sums[0], sums[1], None, None)
-        words, kinds = len(packed.tokens), (_place_type(longest), _place_type(patches))
+        words, kinds = len(packed.tokens), (place_type(longest), place_type(patches))
         a_cnb = v_bnd.new_empty(texts, patches, images, dtype=kinds[0])
         return cls(sums[0], sums[1], a_cnb, v_bnd.new_empty(words, images, dtype=kinds[1]))
-
-
-def _place_type(places: int) -> torch.dtype:
-    if places <= 1 << 8:
-        return torch.uint8
-    return torch.int16 if places <= 1 << 15 else torch.int32
 
 
 def _scan(

@@ -76,17 +76,6 @@ def told_to_skip() -> Iterator[None]:
         ) from error
 
 
-def at_least(least: int | float, **values: float | None) -> None:
-    """Makes sure that numbers of the command line are not too small; None passes.
-
-    Raises:
-        UserError: names the option.
-    """
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
-
-
 def parse_routes(net: DynamicNet, text: str, option: str) -> list[RouteLike]:
     """Routes with commas between them: indices, "largest", and paths of several gates as 0-2-1-3.
 

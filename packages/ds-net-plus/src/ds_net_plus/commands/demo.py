@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from ds_net_plus import report
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
-from ds_net_plus.commands.common import at_least
 from ds_net_plus.commands.stages import budget_table
 from ds_net_plus.data import ImageData
 from ds_net_plus.evaluate import (
@@ -28,6 +27,7 @@ from ds_net_plus.model import DynamicNet, choose_routes
 from ds_net_plus.module import SupernetModule
 from ds_net_plus.runner import DynamicRunner, fast_route
 from ds_net_plus.train import CachedRoutes, cache_routes, train_gate, train_supernet
+from tenfold.console import at_least
 from tenfold.device import time_interleaved
 from tenfold.errors import UserError
 from tenfold.recipes import recipe_parts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ds_net_plus.checkpoint import DATA
-from ds_net_plus.commands.common import at_least, told_to_skip
+from ds_net_plus.commands.common import told_to_skip
 from ds_net_plus.data import DetectionBatch, VOCData
 from ds_net_plus.metrics import Truth
 from ds_net_plus.model import Detections, naming_images
@@ -16,6 +16,7 @@ from ds_net_plus.module.base import parse_route
 from ds_net_plus.module.detection import detection_rows, in_original_pixels, load_detector
 from ds_net_plus.report import detections
 from tenfold.checkpoint import load_state
+from tenfold.console import at_least
 from tenfold.device import pick_device
 from tenfold.errors import UserError
 from tenfold.plotting import save

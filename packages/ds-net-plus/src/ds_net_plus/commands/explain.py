@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_net_plus.commands.common import at_least, open_data, open_network, told_to_skip
+from ds_net_plus.commands.common import open_data, open_network, told_to_skip
 from ds_net_plus.data import ImageData
 from ds_net_plus.model import (
     DynamicNet,
@@ -19,6 +19,7 @@ from ds_net_plus.model import (
 )
 from ds_net_plus.module.base import route_name
 from ds_net_plus.report import gallery
+from tenfold.console import at_least
 from tenfold.errors import UserError
 from tenfold.plotting import save
 from tenfold.progress import track

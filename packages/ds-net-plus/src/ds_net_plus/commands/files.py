@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_net_plus.checkpoint import DATA, STUDENT, TEACHER, Saved
-from ds_net_plus.commands.common import at_least, beside, open_network, parse_numbers, parse_routes
+from ds_net_plus.commands.common import beside, open_network, parse_numbers, parse_routes
 from ds_net_plus.commands.pretrained import PREFIX, convert_timm
 from ds_net_plus.commands.stages import write
 from ds_net_plus.convert import convert_official, parity_check
@@ -13,6 +13,7 @@ from ds_net_plus.export import export_routes
 from ds_net_plus.model import RouteLike
 from ds_net_plus.scenes import SCENE_CLASSES
 from tenfold.checkpoint import load_state
+from tenfold.console import at_least
 from tenfold.errors import UserError
 
 

@@ -9,13 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_net_plus.commands.common import (
-    at_least,
-    open_data,
-    open_network,
-    parse_numbers,
-    parse_routes,
-)
+from ds_net_plus.commands.common import open_data, open_network, parse_numbers, parse_routes
 from ds_net_plus.evaluate import collect
 from ds_net_plus.measure import (
     RouteProfile,
@@ -28,6 +22,7 @@ from ds_net_plus.measure import (
 )
 from ds_net_plus.model import DynamicNet, create_model, with_space
 from ds_net_plus.runner import DynamicRunner
+from tenfold.console import at_least
 from tenfold.device import pick_device, report
 from tenfold.errors import UserError
 

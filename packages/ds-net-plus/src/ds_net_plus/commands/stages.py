@@ -9,7 +9,6 @@ import numpy as np
 
 from ds_net_plus.checkpoint import DATA, STUDENT, Saved, write_checkpoint
 from ds_net_plus.commands.common import (
-    at_least,
     beside,
     open_data,
     open_network,
@@ -33,6 +32,7 @@ from ds_net_plus.recalibration import recalibrate as measure_statistics
 from ds_net_plus.report import comparison_rows, comparison_table, gate_confusion
 from ds_net_plus.train import CachedRoutes, cache_routes, training_images
 from ds_net_plus.train import train_gate as run_stage2
+from tenfold.console import at_least
 from tenfold.errors import UserError
 from tenfold.plotting import save
 

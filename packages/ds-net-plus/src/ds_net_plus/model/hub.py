@@ -5,30 +5,27 @@ config.json holds `net_metadata`, and beside it what timm reads of such a file: 
 `"hf-hub:user/name"` build the network, its gate included.
 """
 
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
 from ds_net_plus.model.base import DynamicNet
 from ds_net_plus.model.registry import create_model
 from tenfold.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     compare_keys,
     load_model_files,
     save_model,
 )
-from tenfold.errors import UserError
+from tenfold.errors import UserError, first_line
+from tenfold.hub import is_hub_id, model_folder
 
 CARD_FILE = "README.md"
 TIMM_NAMES = {"in_channels": "in_chans", "image_size": "img_size"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DESCRIPTION = """\
 A {family} of ds-net-plus: one network with several speeds (dynamic weight slicing, DS-Net and
 DS-Net++). Every route is a prefix of the same weights, and {gates} an image's route.
@@ -128,35 +125,11 @@ def load_folder(
         download: arguments of huggingface_hub's `snapshot_download`.
         overrides: constructor arguments.
     """
-    folder = Path(name)
-    if folder.is_file():
-        raise UserError("a file, no model folder", where=str(name), fix="read it with load_net")
-    if not folder.is_dir():
-        folder = _download(str(name), download)
+    folder = model_folder(name, instead="read it with load_net", **download)
     state, metadata = load_model_files(folder)
     if overrides and isinstance(metadata.get("config"), dict):
         metadata = {**metadata, "config": {**metadata["config"], **overrides}}
     return build_net(metadata, state, str(name))
-
-
-def _download(name: str, options: Mapping[str, Any]) -> Path:
-    """The folder in the cache of a repository on the Hub."""
-    if not _HUB_ID.fullmatch(name):
-        raise UserError("no such model folder", where=name, fix="give a folder or user/name")
-    try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **options)
-        )
-    except Exception as error:  # the hub, the network and the disk raise many kinds
-        raise UserError(
-            f"no such model folder, and the Hub gave none: {_first_line(error)}",
-            where=name,
-            fix="check the name and the network; a private repository needs `hf auth login`",
-        ) from error
-    lacking = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
-    if lacking:
-        raise UserError(f"{lacking[0]} is missing in the repository", where=name)
-    return folder
 
 
 def push(
@@ -180,15 +153,10 @@ def push(
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
     except Exception as error:  # as in `_download`
         raise UserError(
-            f"the Hub did not take the network: {_first_line(error)}",
+            f"the Hub did not take the network: {first_line(error)}",
             where=repo_id,
             fix="check the name and the network, and log in with `hf auth login`",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def model_card(net: DynamicNet, name: str, metadata: Mapping[str, Any] | None = None) -> str:
@@ -250,7 +218,7 @@ def _budgets(net: DynamicNet) -> list[str]:
 
 
 def _usage(net: DynamicNet, name: str) -> str:
-    source = "hf-hub" if _HUB_ID.fullmatch(name) else "local-dir"
+    source = "hf-hub" if is_hub_id(name) else "local-dir"
     dynamic = "output = net(images)  # logits, and the route that the gate chose for each image\n"
     return f"""\
 ```python

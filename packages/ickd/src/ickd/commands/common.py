@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,38 +109,6 @@ def _trained_size(given: Mapping[str, Any]) -> int | None:
             if "base_size" in given:
                 size = SegmentationData(source, ".").train_transform.base_size
     return size if isinstance(size, int) else None
-
-
-# -- tables ------------------------------------------------------------------------------------
-
-
-def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of as many cells in columns, the first of them the heads.
-
-    Args:
-        rows: at least one.
-        left: how many columns are flush left; the others are flush right.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if n < left else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def at_least(least: int, **values: int | None) -> None:
-    """Make sure that numbers of the command line are not too small; None passes.
-
-    Raises:
-        UserError: names the option.
-    """
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
 
 
 def millions(number: float) -> str:

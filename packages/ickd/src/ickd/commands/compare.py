@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ickd import report
-from ickd.commands.common import at_least, columns
 from ickd.comparison import compare_losses, read_place
 from ickd.module.objective import parse_losses
 from ickd.scores import ALONE, Comparison, Difference
+from tenfold.console import at_least, columns
 from tenfold.errors import UserError
 
 TOY_WEIGHTS = {"kd": 1.0, "ickd": 4.0, "mse": 2.0, "fitnet": 2.0}

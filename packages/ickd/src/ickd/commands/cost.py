@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ickd.commands.common import at_least, columns, millions, open_model
+from ickd.commands.common import millions, open_model
 from ickd.measure import (
     FLOOR,
     IccCost,
@@ -28,6 +28,7 @@ from ickd.measure import (
 from ickd.module import LossChoice, Objective, parse_losses
 from ickd.module.checks import check_classes
 from ickd.networks import Network
+from tenfold.console import at_least, columns
 from tenfold.device import Timing, pick_device, report
 from tenfold.distillation import ICCLoss, Taps, loss_class
 from tenfold.errors import UserError

@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ickd.commands.common import at_least
 from ickd.data import write_parquet
 from ickd.data.voc import write_voc
 from ickd.synthetic import (
@@ -17,6 +16,7 @@ from ickd.synthetic import (
     grating_class_names,
     textured_blobs,
 )
+from tenfold.console import at_least
 from tenfold.errors import UserError
 
 

@@ -8,13 +8,13 @@ import torch
 from matplotlib.figure import Figure
 
 from ickd import report
-from ickd.commands.common import at_least
 from ickd.commands.compare import TOY_WEIGHTS, parse_names, signed, tell
 from ickd.comparison import compare_losses
 from ickd.diagnostics import Diversity, diversity, fit_channel_map
 from ickd.module import load_student, make_data
 from ickd.networks import Network
 from ickd.scores import ALONE, Comparison
+from tenfold.console import at_least
 from tenfold.errors import UserError
 
 

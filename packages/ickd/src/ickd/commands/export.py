@@ -6,10 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from ickd.commands.common import at_least, open_saved
+from ickd.commands.common import open_saved
 from ickd.export import Exported, check_deviation, deviation_between, export_graph
 from ickd.hub import from_pretrained, save_pretrained
 from ickd.networks import Network
+from tenfold.console import at_least
 from tenfold.errors import UserError
 
 STUDENT = "student"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ickd.commands.common import at_least, columns, open_model, open_saved
+from ickd.commands.common import open_model, open_saved
 from ickd.diagnostics import (
     ChannelMapFit,
     Diversity,
@@ -28,6 +28,7 @@ from ickd.report.cells import MOST_CELLS
 from ickd.report.correlation import DISTANCE, HOMOLOGY
 from ickd.taps import find_module
 from ickd.taps import tap as tap_modules
+from tenfold.console import at_least, columns
 from tenfold.device import pick_device
 from tenfold.errors import UserError
 from tenfold.images import image_files, read_image

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ickd.commands.common import columns, open_model
+from ickd.commands.common import open_model
 from ickd.networks import Network
 from ickd.taps import TapPoint, tap, tap_points
+from tenfold.console import columns
 from tenfold.errors import UserError
 
 _BATCH = 2  # of one image, a tensor without a batch could pass for one with it

@@ -7,12 +7,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ickd import zoo as cifar
-from ickd.commands.common import columns, millions
+from ickd.commands.common import millions
 from ickd.commands.taps import example_images, list_points
 from ickd.measure import NetworkCost, count_layers
 from ickd.model.deeplab import BACKBONES
 from ickd.model.embedded import EMBEDDED
 from ickd.networks import open_network
+from tenfold.console import columns
 from tenfold.errors import UserError
 
 _MIOU = {"resnet101": 77.89, "resnet18": 72.07, "mobilenet_v2": 68.46}
