@@ -1,9 +1,11 @@
 """The commands as a person types them; their figures against loops over tokens."""
 
 import csv
+import inspect
 import io
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,21 +15,32 @@ import pytest
 import torch
 from PIL import Image
 from scipy.optimize import minimize
+from torchmetrics.classification import MulticlassAccuracy
 
+import filip_vl
+from filip_vl import compat
 from filip_vl.alignment import alignment_map
 from filip_vl.cli import app
 from filip_vl.commands import bench_loss as bench_loss_command
 from filip_vl.commands.bench_loss import make_pairs, measure
 from filip_vl.commands.data import reading
 from filip_vl.commands.info import describe
-from filip_vl.commands.probe import Features, accuracy, fit_logistic, mean_per_class
-from filip_vl.data import FilipDataModule, eval_transform, shape_pairs
+from filip_vl.commands.probe import (
+    Features,
+    accuracy,
+    fit_logistic,
+    fit_sgd,
+    mean_per_class,
+)
+from filip_vl.data import FilipDataModule, eval_transform, read_any, shape_pairs, write_shards
+from filip_vl.data.pairs import Record
 from filip_vl.data.shapes import shape_vocabulary
-from filip_vl.export import ImageTower, TextTower, deviation_between, export_tower, open_graph
+from filip_vl.export import ImageTower, TextTower, deviation_between, export_tower
 from filip_vl.model import FilipModel
 from filip_vl.synthetic import CLASS_NAMES, TEST_SEED, TRAIN_SEED, single_object
 from filip_vl.tokenizers import BPETokenizer, WordTokenizer
 from tenfold.cli import load
+from tenfold.graphs import open_graph
 
 NAMES = list(CLASS_NAMES[:3])
 PROMPTS = ["a photo of a {}.", "{}"]
@@ -99,6 +112,27 @@ def t2i(image: np.ndarray, text: np.ndarray) -> float:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def test_the_public_names_are_those_of_the_specification():
+    """Section 10, with what it says of their options."""
+    for name in (
+        *("late_interaction", "FilipLoss", "FilipModel", "TokenBatch", "ZeroShotClassifier"),
+        *("TokenIndex", "alignment_map", "plot_alignment", "Lamb", "FilipDataModule"),
+        *("FilipModule", "BPETokenizer", "WordTokenizer"),
+    ):
+        assert callable(getattr(filip_vl, name)), name
+    for name in ("mindformers", "declip", "xclip"):
+        assert callable(getattr(compat, name)), name
+    given = inspect.signature(filip_vl.late_interaction).parameters
+    wanted = {"impl": "auto", "reduce": "mean", "mask_padding": True, "return_argmax": False}
+    wanted |= {"image_mask": None, "text_mask": None}
+    assert {key: given[key].default for key in wanted} == wanted
+    given = inspect.signature(filip_vl.FilipLoss).parameters
+    wanted = {"token_fraction": 1.0, "select_sides": "both", "select_text_base": "padded"}
+    wanted |= {"distributed": "rowblock", "label_smoothing": 0, "skip_tol": 0}
+    assert {key: given[key].default for key in wanted} == wanted
+    assert given["comm_dtype"].default == "float16"
 
 
 def test_every_command_of_the_table_is_there():
@@ -183,6 +217,21 @@ def test_info_counts_the_parameters_of_the_specification():
     assert facts["image_tokens"] == 49
 
 
+@pytest.mark.parametrize(
+    ("name", "image", "text"),
+    [
+        ("filip_base_patch32_224", 4.41, 2.98),
+        ("filip_base_patch16_224", 17.56, 2.98),
+        ("filip_large_patch14_224", 81.0, 6.65),
+        ("filip_large_patch14_392", 267.8, 6.65),
+    ],
+)
+def test_info_counts_the_multiply_adds_of_the_specification(name, image, text):
+    found = describe(Path(name))["gmacs"]
+    assert round(found["image"], 2 if image < 50 else 1) == image
+    assert round(found["text"], 2) == text
+
+
 def test_info_of_a_folder_and_of_published_weights(folder, published, capsys):
     assert run("info", folder / "model", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
@@ -235,6 +284,56 @@ def test_zeroshot_scores_and_accuracies_are_those_of_loops(folder, model, tmp_pa
         assert found["per_class"][name] == pytest.approx(np.mean(of_class))
     assert f"{100 * np.mean(right):.2f} %" in told
     assert (tmp_path / "preds-confusion.png").stat().st_size > 10_000
+
+
+PETS = ("Abyssinian", "Abyssinian", "Abyssinian", "american_bulldog", "basset_hound")
+LAND = ("River", "River", "River", "Forest", "Highway")
+
+
+def _eurosat(root: Path) -> None:
+    for n, name in enumerate(LAND):
+        path = root / "eurosat" / "2750" / name / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(single_object(2, 5 * n).image).save(path)
+
+
+def _pets(root: Path) -> None:
+    home = root / "oxford-iiit-pet"
+    (home / "images").mkdir(parents=True)
+    (home / "annotations").mkdir()
+    lines = []
+    for n, name in enumerate(PETS):
+        lines.append(f"{name}_{n} {1 + sorted({*PETS}).index(name)} 1 1")
+        Image.fromarray(single_object(2, 5 * n).image).save(home / "images" / f"{name}_{n}.jpg")
+    (home / "annotations" / "test.txt").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write", "average", "metric"),
+    [("oxford_pets", _pets, "macro", "mean_per_class"), ("eurosat", _eurosat, "micro", "accuracy")],
+)
+def test_the_figure_of_a_set_is_that_of_its_protocol(
+    folder, tmp_path, capsys, dataset, write, average, metric
+):
+    write(tmp_path)
+    out = tmp_path / "p.csv"
+    words = ["--images", tmp_path, "--dataset", dataset, "--out", out]
+    words += ["--templates", folder / "templates.txt"]
+    assert run("zeroshot", "--ckpt", folder / "model", *words) == 0
+    rows = read_csv(out)
+    names = sorted({row["label"] for row in rows})
+    truth, best = (
+        torch.tensor([names.index(row[key]) for row in rows]) for key in ("label", "class_1")
+    )
+    assert (truth == best).any()
+    assert (truth != best).any()
+    wanted = float(MulticlassAccuracy(len(names), average=average)(best, truth))
+    found = json.loads((tmp_path / "p-metrics.json").read_text())
+    assert found["protocol"] == metric
+    assert found[metric] == pytest.approx(wanted, abs=1e-6)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "CLIP's protocol" in x]
+    assert line.startswith(metric.replace("_", " "))
+    assert f"{100 * wanted:.2f} %" in line
 
 
 @pytest.mark.parametrize("table", ["named.csv", "numbered.csv"])
@@ -360,14 +459,14 @@ def karpathy(folder) -> Path:
     return path
 
 
-def recalls(model: FilipModel, karpathy: Path, before: tuple[str, str], after: str) -> dict:
-    """Both directions by loops, with what stands around captions in each."""
+def recalls(model: FilipModel, karpathy: Path, before: tuple[str, str], after: str):
+    """Both directions by loops, with what stands around captions in each: recalls, then ranks."""
     entries = [e for e in json.loads(karpathy.read_text())["images"] if e["split"] == "test"]
     paths = [karpathy.parent / e["filepath"] / e["filename"] for e in entries]
     images = token_rows(model.encode_image(torch.stack([pixels_of(p) for p in paths])))
     captions = [(n, s["raw"]) for n, e in enumerate(entries) for s in e["sentences"]]
     home = np.array([n for n, _ in captions])
-    found = {}
+    found, all_ranks = {}, {}
     for direction, score, prefix, suffix in (
         ("i2t", i2t, before[0], after),
         ("t2i", t2i, before[1], ""),
@@ -379,7 +478,12 @@ def recalls(model: FilipModel, karpathy: Path, before: tuple[str, str], after: s
             s, right = s.T, right.T
         ranks = [1 + sum(row[~r] > row[r].max()) for row, r in zip(s, right, strict=True)]
         found |= {f"{direction}_r{k}": float(np.mean(np.array(ranks) <= k)) for k in (1, 5, 10)}
-    return found
+        all_ranks[direction] = ranks
+    keys = [f"{e['filepath']}/{e['filename']}" for e in entries]
+    rows = [("i2t", key, "", rank) for key, rank in zip(keys, all_ranks["i2t"], strict=True)]
+    for (n, text), rank in zip(captions, all_ranks["t2i"], strict=True):
+        rows.append(("t2i", keys[n], text, rank))
+    return found, rows
 
 
 @pytest.mark.parametrize(
@@ -392,12 +496,14 @@ def test_retrieve_recalls_what_loops_do(
     words = ["--karpathy", karpathy, "--prompts", prompts, "--out", tmp_path, "--batch-size", 4]
     assert run("retrieve", "--ckpt", folder / "model", *words) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
-    wanted = recalls(model, karpathy, before, after)
+    wanted, rows = recalls(model, karpathy, before, after)
     assert {key: found[key] for key in wanted} == pytest.approx(wanted)
     assert found["rsum"] == pytest.approx(sum(wanted.values()))
     assert (found["images"], found["captions"]) == (9, 13)
     assert f"rsum {100 * found['rsum']:.2f}" in capsys.readouterr().out
     assert (tmp_path / "failures.png").is_file()
+    told = [tuple(row.values()) for row in read_csv(tmp_path / "ranks.csv")]
+    assert told == [tuple(map(str, row)) for row in rows]
 
 
 def test_retrieve_refuses_what_is_no_set_of_pairs(folder, karpathy, tmp_path, capsys):
@@ -457,7 +563,7 @@ def test_an_exported_tower_answers_as_the_model(thin, tmp_path):
     done = export_tower(thin, "image", tmp_path / "image.pt2", "pt2")
     assert done.deviation is not None
     assert done.deviation <= 1e-5
-    tokens, mask = open_graph(done.path, "pt2", "image")(torch.full((4, 3, 16, 16), 0.5))
+    tokens, mask = open_graph(done.path, "pt2")(torch.full((4, 3, 16, 16), 0.5))
     mean, std = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     pixels = torch.tensor([(0.5 - m) / s for m, s in zip(mean, std, strict=True)])
     right = thin.encode_image(pixels.view(1, 3, 1, 1).expand(4, 3, 16, 16))
@@ -481,7 +587,7 @@ def test_export_writes_both_towers(folder, model, tmp_path, capsys, format):
     assert run("export", folder / "model", "--format", format, "--out", out) == 0
     texts = ["a red ring", "a photo of a blue circle and a green square"]
     ids = model.tokenizer.encode(texts, 24).ids
-    tokens, mask = open_graph(out / f"text.{format}", format, "text")(ids)
+    tokens, mask = open_graph(out / f"text.{format}", format)(ids)
     right = model.encode_text(texts)
     width = right.tokens.shape[1]
     assert torch.equal(mask[:, :width], right.mask)
@@ -521,11 +627,20 @@ def test_both_forms_of_the_loss_cost_what_loops_give():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_bench_loss_leaves_out_what_memory_cannot_hold(capsys, monkeypatch):
+def test_bench_loss_leaves_out_what_memory_cannot_hold(tmp_path, capsys, monkeypatch):
     sizes = ("--batch", 8, "--patches", 4, "--words", 6, "--mean-words", 4, "--dim", 8)
-    assert run("bench-loss", *sizes, "--device", "cpu") == 0
-    assert "naive " in capsys.readouterr().out
     home = sys.modules[bench_loss_command.__module__]
+    drawn, draw = {}, home.cost_curves
+    monkeypatch.setattr(home, "cost_curves", lambda costs, unit: drawn.update(costs) or draw(costs))
+    out = tmp_path / "costs.png"
+    assert run("bench-loss", *sizes, "--device", "cpu", "--out", out) == 0
+    assert "naive " in capsys.readouterr().out
+    assert {impl: [x.batch for x in row] for impl, row in drawn.items()} == {
+        "naive": [2, 4, 8],
+        "tiled": [2, 4, 8],
+    }
+    with Image.open(out) as picture:
+        assert min(picture.size) > 200
     monkeypatch.setattr(home, "_available", lambda device: 1000.0)
     assert run("bench-loss", *sizes, "--device", "cpu") == 0
     told = capsys.readouterr().out
@@ -562,10 +677,32 @@ def test_filter_counts_by_rule_and_keeps_the_rest(tmp_path, capsys):
     assert "frequent text" in capsys.readouterr().out
     (tmp_path / "words.txt").write_text("dog\n")
     line = fails(capsys, *words, "--sensitive", tmp_path / "words.txt")
-    assert "nothing is left" in line
+    assert "no pair is left" in line
     assert "is what is read" in fails(capsys, "filter", source, "--out", source)
     assert "nowhere.tsv" in fails(capsys, "filter", "nowhere.tsv", "--out", out)
     assert "module:function" in fails(capsys, *words, "--language", "nothing")
+
+
+def test_filter_takes_shards_and_functions_of_ones_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "def german(text):\n    return text.startswith('ein')\n"
+    code += "def nameless(text):\n    return text.replace('Anna', '<person>')\n"
+    Path("filter_plugin.py").write_text(code)
+    texts = ["ein Hund", "a dog", "ein Bild von Anna", "ein böser Hund"]
+    picture = Image.new("RGB", (210, 210))
+    write_shards(
+        (Record(picture, [text], str(n)) for n, text in enumerate(texts)), Path("in"), per_shard=2
+    )
+    Path("words.txt").write_text("Böser\n")
+    words = ["filter", "in/train-{00000..00001}.tar", "--out", "out", "--sensitive", "words.txt"]
+    words += ["--language", "filter_plugin:german", "--rewrite", "filter_plugin:nameless"]
+    assert run(*words) == 0
+    kept = read_any("out")
+    assert [list(record.captions) for record in kept] == [["ein Hund"], ["ein Bild von <person>"]]
+    told = capsys.readouterr().out
+    assert re.search(r"other language\s+1\b", told)
+    assert re.search(r"sensitive word\s+1\b", told)
+    sys.modules.pop("filter_plugin")
 
 
 def test_augment_text_adds_what_the_function_gives(tmp_path, capsys, monkeypatch):
@@ -613,6 +750,35 @@ def test_logistic_regression_is_that_of_scipy():
     assert mean_per_class(found, known) == pytest.approx(np.mean(each))
 
 
+def test_the_classifier_of_imagenet_is_that_of_a_loop():
+    """Momentum, warm-up, cosine and batch norm written out; one batch, so that no order counts."""
+    generator = np.random.default_rng(1)
+    labels = np.arange(30) % 3
+    x = generator.normal(size=(30, 4)) * [1, 5, 0.1, 2] + labels[:, None] * [1, -3, 0.05, 0] + 7
+    epochs, warmup, lr = 9, 3, 0.1
+    z = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    parameters = np.zeros((3, 5))
+    speed = np.zeros_like(parameters)
+    for step in range(epochs):
+        exponents = np.exp(z @ parameters[:, :4].T + parameters[:, 4])
+        error = (exponents / exponents.sum(1, keepdims=True) - np.eye(3)[labels]) / 30
+        speed = 0.9 * speed + np.c_[error.T @ z, error.sum(0)]
+        share = (step + 1) / warmup
+        if step >= warmup:
+            share = 0.5 * (1 + np.cos(np.pi * (step - warmup) / (epochs - warmup)))
+        parameters = parameters - lr * share * speed
+    known = Features(torch.from_numpy(x), torch.from_numpy(labels))
+    found = fit_sgd(known, 3, epochs=epochs, warmup=warmup, lr=lr)
+    np.testing.assert_allclose(found.weight.numpy(), parameters[:, :4], atol=1e-12)
+    np.testing.assert_allclose(found.bias.numpy(), parameters[:, 4], atol=1e-12)
+    np.testing.assert_allclose(found.mean.numpy(), x.mean(0))
+    np.testing.assert_allclose(found.scale.numpy(), np.sqrt(x.var(0, ddof=1) + 1e-5))
+    # batches of the same size, whose means have the mean of all
+    several = fit_sgd(known, 3, batch_size=14, epochs=40)
+    np.testing.assert_allclose(several.mean.numpy(), x.mean(0))
+    assert accuracy(several, known) > 0.8
+
+
 def test_probe_learns_classes_of_images(folder, tmp_path, capsys):
     words = ["probe", "--ckpt", folder / "model", "--images", folder / "images"]
     out = tmp_path / "probe.json"
@@ -626,6 +792,11 @@ def test_probe_learns_classes_of_images(folder, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(_made(tmp_path / "test" / "dog") / "a.png")
     assert "without training images: dog" in fails(capsys, *words, "--test", tmp_path / "test")
     assert "--l2" in fails(capsys, *words, "--l2", -1)
+    words += ["--test", folder / "images", "--solver", "sgd", "--out", out]
+    assert run(*words, "--lr", 1) == 0
+    found = json.loads(out.read_text())
+    assert (found["train"], found["test"]) == (1.0, 1.0)
+    assert "--warmup 10 leaves none" in fails(capsys, *words, "--epochs", 10)
 
 
 def _made(folder: Path) -> Path:

@@ -12,6 +12,8 @@ from tenfold.testing import PackageContract
 from tenfold.training import LAST
 
 BASE, LARGE, LARGE_392 = 150_949_633, 426_699_009, 427_239_681
+# fewer ids and positions, and a token learner
+WUKONG = LARGE - (49408 - 21128 + 77 - 32) * 768 + 2 * 256 + 2 * 256 * 32 + 256 * 24
 TINY, CLIP_TINY = 222_401, 234_689
 
 
@@ -38,6 +40,7 @@ class TestContract(PackageContract):
         "filip340m-base": BASE,
         "filip340m-large": LARGE,
         "retrieval-large": LARGE_392,
+        "wukong-finetune": WUKONG,
     }
     steps = 30
     fit_options = (

@@ -122,6 +122,17 @@ def test_tokens_are_those_of_transformers(clip, folder):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("side", [8, 24, 40])
+def test_tokens_at_other_sizes_are_those_of_transformers(clip, folder, side):
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(3))
+    hidden = clip.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    expected = clip.visual_projection(clip.vision_model.post_layernorm(hidden))
+    with pytest.warns(UserWarning, match="positions are interpolated"):
+        found = FilipModel.from_clip(folder).eval().encode_image(pixels)
+    torch.testing.assert_close(found.tokens, expected, **CLOSE)
+
+
+@torch.no_grad()
 def test_vectors_are_those_of_transformers(clip, folder):
     model = FilipModel.from_clip(folder, pooled=True).eval()
     output = model(images(), captions())
@@ -164,6 +175,7 @@ def test_a_configuration_of_transformers(folder, tmp_path):
 
     assert fields({}, {})["end_id"] == 49
     assert fields({"eos_token_id": 2}, {})["end_id"] is None  # of files older than the field
+    assert fields({"eos_token_id": 49407}, {})["end_id"] is None  # the default, of no small one
     assert fields({"num_attention_heads": 1}, {})["text_heads"] == 1
     assert fields({}, {}, vision_config_dict={"num_attention_heads": 8})["vision_heads"] == 8
     with pytest.raises(UserError, match="both towers need the same activation"):

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms import v2
 
 from filip_vl.data import (
     FilipDataModule,
@@ -112,6 +113,32 @@ def test_crops_have_the_shares_that_are_asked_for():
         assert crop[0, :, 0].max() < crop[0, :, -1].min()  # no flip
     assert 0.17 < min(shares) < 0.25
     assert 0.45 < max(shares) < 0.56
+
+
+@pytest.mark.parametrize(
+    ("augment", "jitter"), [("paper", []), ("mindformers", [v2.ColorJitter(0.4, 0.4, 0.4, 0.1)])]
+)
+def test_training_images_go_through_the_steps_of_the_specification(augment, jitter):
+    """Section 3.10, written down with torchvision's parts."""
+    steps = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                48, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+            ),
+            v2.RandomHorizontalFlip(0.5),
+            *jitter,
+            v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET),
+        ]
+    )
+    image, transform = picture(0, (90, 70)), train_transform(48, augment)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        made = transform(image)
+        torch.manual_seed(seed)
+        wanted = torch.from_numpy(np.array(steps(image))).permute(2, 0, 1) / 255
+        torch.testing.assert_close(made, (wanted - mean) / std)
 
 
 def test_augmentations_flip_half_and_change_colours():
@@ -281,8 +308,11 @@ def test_images_alone_are_predicted(tmp_path):
     [batch] = data.predict_dataloader()
     assert batch.captions == []
     assert batch.ids.shape == (0, 8)
-    assert batch.index.tolist() == [0, 1, 2]
+    assert batch.index.tolist() == [0, 1, 2, 3]  # one that is broken keeps its place
     assert [*data.pairs("predict").keys][3] == "broken.png"
+    assert batch.errors[:3] == ["", "", ""]
+    assert "no image" in batch.errors[3]
+    data.on_before_batch_transfer(batch, 0)
     assert "no image" in data.bad_items["predict"].reasons[3]
 
 

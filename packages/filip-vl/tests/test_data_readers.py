@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import Flowers102
 
 from filip_vl.data import (
     Location,
     Pairs,
+    labelled,
     merge_images,
     pairs_in_memory,
     read_any,
@@ -37,6 +40,7 @@ from filip_vl.data import (
 from filip_vl.data.pairs import Captions, Strings, drop_blank, unroll
 from filip_vl.data.sources import source_of
 from filip_vl.synthetic import TEST_SEED, TRAIN_SEED, scene
+from filip_vl.zeroshot import prompt_names
 from tenfold.errors import UserError
 
 CAPTIONS = ["a red ring", "a cat, on a mat", "très\tbien"]
@@ -506,6 +510,61 @@ def test_labelled_cifar(tmp_path):
     split = read_labelled(tmp_path, "cifar10")
     assert (split.names, list(split.labels)) == (("airplane", "cat"), [1, 0])
     assert np.array_equal(split.sources[1], pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_labelled_sets_with_files_of_matlab(tmp_path, monkeypatch):
+    # which compares checksums with those of the released files
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda _: True)
+    flowers = tmp_path / "flowers-102"
+    save(flowers / "jpg/image_00002.jpg")
+    savemat(flowers / "imagelabels.mat", {"labels": np.array([[77, 3, 102]])})
+    savemat(flowers / "setid.mat", {"trnid": np.array([[1, 1]]), "tstid": np.array([[2, 3]])})
+    split = read_labelled(tmp_path, "flowers102")
+    assert (len(split.names), list(split.labels)) == (102, [2, 101])
+    assert str(split.sources[0]).endswith("jpg/image_00002.jpg")
+
+    cars = tmp_path / "stanford_cars"
+    save(cars / "cars_test/00001.jpg")
+    (cars / "devkit").mkdir()
+    names = np.array(["AM General Hummer", "Ford F-150"], dtype=object)
+    savemat(cars / "devkit/cars_meta.mat", {"class_names": names})
+    kinds = [("fname", object), ("class", object)]
+    rows = np.array([("00001.jpg", 2), ("00002.jpg", 1)], dtype=kinds)
+    savemat(cars / "cars_test_annos_withlabels.mat", {"annotations": rows})
+    split = read_labelled(tmp_path, "stanford_cars")
+    assert (split.names, list(split.labels)) == (("AM General Hummer", "Ford F-150"), [1, 0])
+    assert str(split.sources[0]).endswith("cars_test/00001.jpg")
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    pixels = np.arange(2 * 3072, dtype=np.uint8).reshape(2, 3072)
+    for name in ("train", "test"):
+        content = {b"data": pixels, b"fine_labels": [3, 0], b"coarse_labels": [0, 0]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    fine = [f"class_{n}".encode() for n in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": fine}))
+    split = read_labelled(tmp_path, "cifar100")
+    assert (len(split.names), list(split.labels)) == (100, [3, 0])
+
+
+def test_the_sets_are_those_of_the_protocol():
+    """Section 5.3: test images and classes."""
+    found = {name: (known.images, known.classes) for name, known in labelled._SETS.items()}
+    assert found == {
+        "cifar10": (10_000, 10),
+        "cifar100": (10_000, 100),
+        "caltech101": (6085, 102),
+        "stanford_cars": (8041, 196),
+        "flowers102": (6149, 102),
+        "food101": (25_250, 101),
+        "sun397": (19_850, 397),
+        "dtd": (1880, 47),
+        "aircraft": (3333, 100),
+        "oxford_pets": (3669, 37),
+        "eurosat": (5000, 10),
+        "imagenet": (50_000, 1000),
+    }
+    assert set(found) == set(prompt_names())
 
 
 @pytest.mark.parametrize("name", ["food101", "stanford_cars", "flowers102", "eurosat", "cifar100"])

@@ -33,7 +33,7 @@ def index(ckpt, tmp_path_factory):
 def test_index_and_search_print_what_they_found(index, ckpt, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     words = "a red circle"
-    argv = ["search", f"--index={index}", f"--text={words}", "--k=4", f"--out={sheet}"]
+    argv = ["search", f"--index={index}", f"--text={words}", "-k", "4", f"--out={sheet}"]
     assert app.main(argv) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].split() == ["image", "score", "a", "red", "circle"]

@@ -343,6 +343,22 @@ def test_learned_tokens_are_weighted_means():
         torch.testing.assert_close(learned, expected)
 
 
+def test_learned_tokens_load_under_the_names_of_mindspore():
+    theirs = {
+        "norm.gamma": torch.rand(16),
+        "norm.beta": torch.rand(16),
+        "attntion_maps.0.weight": torch.rand(16, 2, 1, 1),
+        "attntion_maps.1.weight": torch.rand(3, 16, 1, 1),
+        "feat_conv.weight": torch.rand(16, 2, 1, 1),
+    }
+    model = tiny(learned_tokens=3)
+    others = {key: x for key, x in model.state_dict().items() if "token_learner" not in key}
+    model.load_state_dict(others | {f"visual.token_learner.{key}": x for key, x in theirs.items()})
+    loaded = model.visual.token_learner.state_dict()
+    for found, expected in zip(loaded.values(), theirs.values(), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_learned_tokens_of_a_model():
     batch = tiny(learned_tokens=3).encode_image(images())
     assert batch.tokens.shape == (3, 3, 16)
@@ -380,8 +396,14 @@ def test_the_trained_size_warns_of_nothing():
 def test_interpolated_positions_are_timms(new):
     positions = torch.randn(1 + 25, 8, generator=torch.Generator().manual_seed(0))
     found = interpolate_positions(positions, (5, 5), new)
-    torch.testing.assert_close(found[None], resample_abs_pos_embed(positions[None], new, (5, 5)))
+    expected = resample_abs_pos_embed(positions[None], new, (5, 5), antialias=False)
+    torch.testing.assert_close(found[None], expected)
     assert torch.equal(found[0], positions[0])
+
+
+def test_interpolated_positions_keep_their_precision():
+    third = torch.full((1 + 4, 1), 1 / 3, dtype=torch.float64)  # as is any mean of thirds
+    assert (interpolate_positions(third, (2, 2), (3, 5)) - 1 / 3).abs().max() < 1e-15
 
 
 @pytest.mark.parametrize(

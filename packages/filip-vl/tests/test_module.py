@@ -4,11 +4,14 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+import filip_vl
+import tenfold.contrastive
 from filip_vl.data import FilipDataModule
 from filip_vl.model import FilipModel
 from filip_vl.module import FilipModule, load_model
@@ -139,6 +142,19 @@ def test_a_selection_of_few_tokens_is_told(tmp_path, caplog):
     assert "token_fraction 0.2 keeps 7 patches and 4 words" in caplog.text
 
 
+def test_a_selection_is_a_share_of_the_context_however_short_the_captions(tmp_path):
+    picture = np.zeros((48, 48, 3), np.uint8)
+    data = FilipDataModule.from_pairs(
+        [(picture, "a dog"), (picture, "two cats")], image_size=48, context_length=24, batch_size=2
+    )
+    made, seen = module(token_fraction=0.25), []
+    made.loss.register_forward_hook(lambda _, given, __: seen.append(given))
+    fit(made, tmp_path, data=data)
+    [(_, tokens, _, _, mask, _)] = seen
+    assert tokens.shape[1] == 8  # as the batch was cropped
+    assert mask.shape == (2, 24)  # whose quarter is six words, more than the captions have
+
+
 def test_the_learning_rate_grows_with_the_batch(tmp_path):
     made = module(lr=None, base_lr=1e-3, warmup=0)
     trainer = fit(made, tmp_path, limit_train_batches=1)
@@ -173,3 +189,11 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="not a checkpoint of filip-vl"):
         load_model(tmp_path / "other.ckpt")
+
+
+def test_the_public_names_are_there_at_the_top():
+    for name in filip_vl.__all__:
+        assert name in dir(filip_vl)
+        assert getattr(filip_vl, name) is not None
+    assert filip_vl.FilipModule is FilipModule
+    assert filip_vl.late_interaction is tenfold.contrastive.late_interaction

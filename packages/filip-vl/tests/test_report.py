@@ -1,6 +1,5 @@
 """What the pictures say, and that nothing in them lies over anything else."""
 
-import itertools
 import string
 
 import numpy as np
@@ -10,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +25,8 @@ from filip_vl.report.common import (
     word_colors,
     wrapped,
 )
-from tenfold.plotting import MUTED, style
+from tenfold.plotting import MUTED
+from tenfold.plotting.tidy import check_tidy
 
 MINUS = "\N{MINUS SIGN}"
 SCENES = [synthetic.scene(7, n) for n in range(12)]
@@ -63,30 +62,6 @@ def frames(ax: Axes) -> list[tuple[tuple[float, float], tuple[float, ...]]]:
     """Corners and colours of what is outlined in a panel."""
     found = [patch for patch in ax.patches if isinstance(patch, Rectangle) and not patch.get_fill()]
     return [(patch.get_xy(), to_rgba(patch.get_edgecolor())) for patch in found]
-
-
-def check_tidy(fig: Figure) -> None:
-    """No text that is drawn lies over another one or leaves the figure."""
-    drawn: list[Text] = []
-    draw = Text.draw
-
-    def note(text: Text, renderer: object) -> None:
-        drawn.append(text)
-        draw(text, renderer)
-
-    with style(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Text, "draw", note)
-        fig.canvas.draw()
-    boxes = {t: t.get_window_extent() for t in drawn if t.get_visible() and t.get_text().strip()}
-    assert len(boxes) > 3
-    whole = fig.bbox.padded(1)
-    for text, box in boxes.items():
-        inside = whole.x0 <= box.x0 and whole.y0 <= box.y0
-        inside = inside and box.x1 <= whole.x1 and box.y1 <= whole.y1
-        assert inside, f"{text.get_text()!r} leaves the figure"
-    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
-        over = a.padded(-1).overlaps(b.padded(-1))
-        assert not over, f"{one.get_text()!r} lies over {other.get_text()!r}"
 
 
 def photo(height: int = 32, width: int = 48, seed: int = 0) -> np.ndarray:

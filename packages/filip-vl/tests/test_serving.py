@@ -220,15 +220,20 @@ def test_images_that_were_in_memory_have_no_picture(model, tmp_path):
 # ------------------------------------------------------------------------------------- the server
 
 
+def _serve(folder, model, lines):
+    serve(TokenIndex.open(folder), model, port=0, tell=lines.put)
+
+
 def test_serve_listens_on_the_loopback_address_until_it_is_stopped(index, model):
-    forked = multiprocessing.get_context("fork")
+    spawned = multiprocessing.get_context("spawn")
+    servers = []
     for stop in (signal.SIGINT, signal.SIGTERM):
-        lines = forked.Queue()
-        child = forked.Process(
-            target=serve, args=(index, model), kwargs={"port": 0, "tell": lines.put}
-        )
+        lines = spawned.Queue()
+        child = spawned.Process(target=_serve, args=(index.folder, model, lines))
         child.start()
-        address = lines.get(timeout=30).split()[0]
+        servers.append((stop, lines, child))
+    for stop, lines, child in servers:
+        address = lines.get(timeout=60).split()[0]
         assert address.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(f"{address}about") as response:
             assert json.load(response)["images"] == 60

@@ -237,7 +237,8 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
     """Run a plain function with arguments from the command line or from `--config FILE`.
 
     Parameters without a default are positional arguments (options, if keyword-only), all others
-    options; `--flag` alone sets a bool. A trailing underscore is not part of an option's name.
+    options; `--flag` alone sets a bool. A trailing underscore is not part of an option's name, and
+    a name of one letter may have one dash.
 
     Raises:
         UserError: if the arguments do not fit the signature.
@@ -264,6 +265,9 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
             # a parameter that would be a word of Python's, from_ for --from
             action.option_strings = [flag.rstrip("_")]
             parser._option_string_actions[flag.rstrip("_")] = action
+        for flag in [flag for flag in action.option_strings if re.fullmatch("--[a-z]", flag)]:
+            action.option_strings = [*action.option_strings, flag[1:]]
+            parser._option_string_actions[flag[1:]] = action
     try:
         values = parser.parse_args(gathered(function, placed(function, underscored(argv))))
     except argparse.ArgumentError as error:

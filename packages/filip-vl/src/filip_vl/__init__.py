@@ -12,20 +12,28 @@ if TYPE_CHECKING:
     from filip_vl.convert import read_checkpoint
     from filip_vl.data import FilipDataModule
     from filip_vl.index import TokenIndex, build_index
+    from filip_vl.losses import FilipLoss
     from filip_vl.model import CONFIGS, FilipConfig, FilipModel, FilipOutput, TokenBatch
+    from filip_vl.module import FilipModule
+    from filip_vl.optim import Lamb
     from filip_vl.report import plot_alignment
     from filip_vl.tokenizers import BPETokenizer, Tokenizer, WordTokenizer
     from filip_vl.zeroshot import ZeroShotClassifier
+    from tenfold.contrastive import late_interaction
 
 _HOMES = {
     "filip_vl.alignment": ("Alignment", "alignment_map"),
     "filip_vl.convert": ("read_checkpoint",),
     "filip_vl.data": ("FilipDataModule",),
     "filip_vl.index": ("TokenIndex", "build_index"),
+    "filip_vl.losses": ("FilipLoss",),
     "filip_vl.model": ("CONFIGS", "FilipConfig", "FilipModel", "FilipOutput", "TokenBatch"),
+    "filip_vl.module": ("FilipModule",),
+    "filip_vl.optim": ("Lamb",),
     "filip_vl.report": ("plot_alignment",),
     "filip_vl.tokenizers": ("BPETokenizer", "Tokenizer", "WordTokenizer"),
     "filip_vl.zeroshot": ("ZeroShotClassifier",),
+    "tenfold.contrastive": ("late_interaction",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -35,8 +43,11 @@ __all__ = [
     "BPETokenizer",
     "FilipConfig",
     "FilipDataModule",
+    "FilipLoss",
     "FilipModel",
+    "FilipModule",
     "FilipOutput",
+    "Lamb",
     "TokenBatch",
     "TokenIndex",
     "Tokenizer",
@@ -44,6 +55,7 @@ __all__ = [
     "ZeroShotClassifier",
     "alignment_map",
     "build_index",
+    "late_interaction",
     "plot_alignment",
     "read_checkpoint",
 ]

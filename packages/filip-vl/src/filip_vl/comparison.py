@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +33,8 @@ from filip_vl.synthetic import (
     SIZE,
     TEST_PAIRS,
     TEST_SEED,
+    TRAIN_PAIRS,
+    TRAIN_SEED,
     Scene,
     exchanged_caption,
     near_duplicates,
@@ -39,6 +44,8 @@ from filip_vl.synthetic import (
 from filip_vl.zeroshot import ZeroShotClassifier
 from tenfold.checkpoint import atomic_file
 from tenfold.cli import silence_noise
+from tenfold.device import synchronize
+from tenfold.errors import UserError
 from tenfold.recipes import recipe_parts
 from tenfold.runs import begun, make_trainer
 
@@ -62,6 +69,10 @@ CHANCE = {"binding": 0.5, "fine_i2t_r1": 0.25, "fine_t2i_r1": 0.25, "zero_shot":
 """What guessing gives."""
 
 _SINGLES = 8  # images of each of the 48 classes
+_PACED, _WARMUP = 12, 4  # steps that tell the pace, and how many of them do not count
+_TIMED = 50  # scenes that tell how long drawing takes
+_SHARE = 0.65  # of the time behind the drawing that steps take; validation and pictures have it too
+_FEWEST = 10  # steps of a comparison whose time is short
 
 
 def compare_shapes(
@@ -90,24 +101,106 @@ def compare_shapes(
         UserError: the folder holds runs with other settings.
     """
     recipes = recipes or RECIPES
-    kept = out / "results.json"
-    found: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    found = _results(out)
     for seed in seeds:
         for side, recipe in recipes.items():
             key = f"{side.lower()}-{seed}"
-            steps_here = steps or recipe_parts("filip_vl", recipe)["trainer"]["max_steps"]
-            if found.get(key, {}).get("steps") == steps_here:
+            wanted = steps or steps_of(recipe)
+            there = int(found.get(key, {}).get("steps", wanted))
+            if there != wanted:
+                what = f"the folder holds a run of {there} steps, and {wanted} are asked for"
+                fix = f"use --steps {there}, remove the folder, or choose another --out"
+                raise UserError(what, where=str(out / key), fix=fix)
+            if found.get(key, {}).keys() >= METRICS.keys():
                 continue
+            _keep(out, found | {key: {"steps": wanted}})
             options = {"accelerator": accelerator, "progress": progress}
-            model = fit_recipe(recipe, out / key, seed, steps=steps_here, **options)
-            found[key] = {"steps": steps_here, **score_shapes(model)}
-            out.mkdir(parents=True, exist_ok=True)
-            with atomic_file(kept) as file:
-                file.write(json.dumps(found, indent=1).encode())
+            model = fit_recipe(recipe, out / key, seed, steps=wanted, **options)
+            found[key] = {"steps": wanted, **score_shapes(model)}
+            _keep(out, found)
     return {
         side: {m: [found[f"{side.lower()}-{seed}"][m] for seed in seeds] for m in METRICS}
         for side in recipes
     }
+
+
+def _results(out: Path) -> dict[str, dict[str, float]]:
+    """Steps of every run that was begun, and what was measured of those that are finished."""
+    kept = out / "results.json"
+    return json.loads(kept.read_text()) if kept.is_file() else {}
+
+
+def _keep(out: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / "results.json") as file:
+        file.write(json.dumps(found, indent=1).encode())
+
+
+def steps_of(recipe: str) -> int:
+    """Steps of the optimiser in a recipe."""
+    return int(recipe_parts("filip_vl", recipe)["trainer"]["max_steps"])
+
+
+def steps_within(
+    seconds: float, out: Path, most: int | None = None, *, accelerator: str = "auto"
+) -> int:
+    """Steps that both sides of `compare_shapes` take in about a time, the same for each.
+
+    A comparison that the folder holds keeps its own, so that it goes on; else the pace of both
+    sides is measured first.
+
+    Args:
+        seconds: for both sides of one seed.
+        out: folder of the comparison.
+        most: steps that are enough, those of the recipe if left out.
+        accelerator: Lightning's choice of device.
+
+    Returns:
+        A multiple of ten, unless `most` is none.
+    """
+    there = [int(run["steps"]) for run in _results(out).values()]
+    if there:
+        return there[0]
+    most = most or min(map(steps_of, RECIPES.values()))
+    pace = sum(step_seconds(recipe, accelerator) for recipe in RECIPES.values())
+    left = seconds - len(RECIPES) * _drawing_seconds()
+    return min(most, max(_FEWEST, int(_SHARE * left / pace) // 10 * 10))
+
+
+def _drawing_seconds() -> float:
+    """Of the training scenes of one side."""
+    start = time.perf_counter()
+    for index in range(_TIMED):
+        scene(TRAIN_SEED, index)
+    return (time.perf_counter() - start) * TRAIN_PAIRS / _TIMED
+
+
+class _StepTimes(Callback):
+    """Seconds of every training step, from batch start to batch end."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any, **__: Any) -> None:
+        """Starts the clock."""
+        synchronize(trainer.strategy.root_device)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+        """Stops it."""
+        synchronize(trainer.strategy.root_device)
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def step_seconds(recipe: str, accelerator: str = "auto") -> float:
+    """Seconds of a training step on this machine, the median of a few; nothing stays on disk."""
+    times = _StepTimes()
+    batch = recipe_parts("filip_vl", recipe)["data"]["init_args"]["batch_size"]
+    options: dict[str, Any] = {"accelerator": accelerator, "progress": False}
+    options["data"] = {"train_size": _PACED * batch, "val_size": batch}
+    with TemporaryDirectory() as folder:
+        fit_recipe(recipe, Path(folder), steps=_PACED, callbacks=[times], **options)
+    return statistics.median(times.seconds[_WARMUP:])
 
 
 def fit_recipe(
@@ -118,17 +211,29 @@ def fit_recipe(
     steps: int,
     accelerator: str = "auto",
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    data: Mapping[str, Any] | None = None,
 ) -> FilipModel:
     """Train by a recipe of the shapes task; an interrupted run goes on.
+
+    Args:
+        recipe: its name.
+        folder: of the run.
+        seed: of initialisation, order and training scenes.
+        steps: of the optimiser.
+        accelerator: Lightning's choice of device.
+        progress: show it.
+        callbacks: further ones of the trainer.
+        data: options of `FilipDataModule` that differ from the recipe's.
 
     Raises:
         UserError: the folder holds a run with other settings.
     """
     parts = recipe_parts("filip_vl", recipe)
-    data = FilipDataModule(**parts["data"]["init_args"], seed=seed)
+    pairs = FilipDataModule(**{**parts["data"]["init_args"], **(data or {})}, seed=seed)
     seed_everything(seed, verbose=False)
     module = FilipModule(**parts["model"]["init_args"])
-    per_epoch = len(data.train_dataloader())
+    per_epoch = len(pairs.train_dataloader())
     epochs = -(-steps // per_epoch)
     checkpoint = begun(folder, module, epochs)
     trainer = make_trainer(
@@ -137,12 +242,14 @@ def fit_recipe(
         seed=seed,
         accelerator=accelerator,
         progress=progress,
+        callbacks=callbacks,
         max_steps=steps,
+        log_every_n_steps=min(10, -(-steps // 10)),  # a short run has curves too
         default_root_dir=folder,
     )
     with warnings.catch_warnings():
         silence_noise()
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        trainer.fit(module, datamodule=pairs, ckpt_path=checkpoint)
     return module.model.eval()
 
 

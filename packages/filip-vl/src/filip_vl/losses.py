@@ -16,9 +16,10 @@ from tenfold.contrastive import (
     late_interaction,
     rowblock_info_nce,
     select_tokens,
+    soft_targets,
     token_scores,
 )
-from tenfold.contrastive.late import Impl
+from tenfold.contrastive.late import Impl, Reduce
 from tenfold.distributed import check_even, gather, largest, own_rows, ranks
 
 Sides = Literal["both", "keys"]
@@ -59,6 +60,8 @@ class FilipLoss(nn.Module):
         skip_tol: leave pairs out of the backward pass whose gradient is below this share of the
             largest; 0 leaves none out.
         impl: of the late interaction, see `tenfold.contrastive.late_interaction`.
+        reduce: see there; "sum" is an ablation.
+        mask_padding: see there; without it all tokens count, which is an ablation too.
 
     Raises:
         ValueError: an option that does not exist, or a number out of range.
@@ -74,6 +77,8 @@ class FilipLoss(nn.Module):
         label_smoothing: float = 0.0,
         skip_tol: float = 0.0,
         impl: Impl = "auto",
+        reduce: Reduce = "mean",
+        mask_padding: bool = True,
     ) -> None:
         super().__init__()
         options = {
@@ -82,6 +87,7 @@ class FilipLoss(nn.Module):
             "distributed": (distributed, Distributed),
             "comm_dtype": (comm_dtype, CommType),
             "impl": (impl, Impl),
+            "reduce": (reduce, Reduce),
         }
         for name, (value, known) in options.items():
             if value not in get_args(known):
@@ -97,6 +103,8 @@ class FilipLoss(nn.Module):
         self.comm_dtype = None if comm_dtype == "float32" else getattr(torch, comm_dtype)
         self.label_smoothing, self.skip_tol = label_smoothing, skip_tol
         self.impl: Impl = impl
+        self.reduce: Reduce = reduce
+        self.mask_padding = mask_padding
 
     def forward(
         self,
@@ -104,7 +112,7 @@ class FilipLoss(nn.Module):
         text_tokens: Float[Tensor, "texts words dim"],
         logit_scale: Float[Tensor, ""] | float,
         image_mask: Bool[Tensor, "images patches"] | None = None,
-        text_mask: Bool[Tensor, "texts words"] | None = None,
+        text_mask: Bool[Tensor, "texts nominal"] | None = None,
         targets: Bool[Tensor, "images whole"] | Num[Tensor, "images whole"] | None = None,
     ) -> Float[Tensor, ""]:
         """Contrast the images of a batch with its texts, pair by pair.
@@ -117,17 +125,27 @@ class FilipLoss(nn.Module):
             text_tokens: of as many texts, not normalised.
             logit_scale: logarithm of 1 / temperature, as the model keeps it.
             image_mask: True where a token counts; all do if left out.
-            text_mask: likewise.
+            text_mask: likewise. Of captions that were cropped it may be as long as they were, since
+                a share of the "padded" length is one of the mask's.
             targets: 0/1 positives of this process's images among all texts, made soft inside; one
-                text each, in order, if left out.
+                text each, in order, if left out. Texts of several processes are in the order of
+                `tenfold.distributed.gather`.
 
         Raises:
             ValueError: shapes that do not fit, an image or text without a token that counts or
                 without a positive, or processes with batches of different sizes.
         """
         scale = logit_scale.exp() if isinstance(logit_scale, Tensor) else math.exp(logit_scale)
+        nominal = text_tokens.shape[1] if text_mask is None else text_mask.shape[1]
+        if text_mask is not None:
+            text_mask = _cropped(text_mask, text_tokens.shape[1])
+        if not self.mask_padding:
+            image_mask = text_mask = None
+        elif text_mask is not None and self.token_fraction == 1:
+            longest = int(text_mask.any(0).cumsum(0).argmax()) + 1  # what nobody needs is left out
+            text_tokens, text_mask = text_tokens[:, :longest], text_mask[:, :longest]
         image, text = _side(image_tokens, image_mask), _side(text_tokens, text_mask)
-        keys = (image, text) if self.token_fraction == 1 else self._select(image, text)
+        keys = (image, text) if self.token_fraction == 1 else self._select(image, text, nominal)
         asking = keys if self.select_sides == "both" else (image, text)
         if self.distributed == "gather" and ranks()[1] > 1:
             return self._gathered(asking, keys, scale, targets)
@@ -139,11 +157,13 @@ class FilipLoss(nn.Module):
         contrast = info_nce if alone else rowblock_info_nce
         return contrast(i2t, t2i, scale, targets, self.label_smoothing)
 
-    def _select(self, image: _Side, text: _Side) -> tuple[_Side, _Side]:
+    def _select(self, image: _Side, text: _Side, nominal: int) -> tuple[_Side, _Side]:
         scores = token_scores(image.tokens, text.tokens, image.mask, text.mask)
         share, base = self.token_fraction, self.select_text_base
         kept = select_tokens(image.tokens, scores[0], image.mask, fraction=share)
-        words = select_tokens(text.tokens, scores[1], text.mask, fraction=share, base=base)
+        words = select_tokens(
+            text.tokens, scores[1], text.mask, fraction=share, base=base, length=nominal
+        )
         return _Side(*kept[:2]), _Side(*words[:2])
 
     def _scores(self, asking: tuple[_Side, _Side], keys: tuple[_Side, _Side]) -> list[Tensor]:
@@ -156,7 +176,10 @@ class FilipLoss(nn.Module):
         return [drop_small_gradients(scores, self.skip_tol) for scores in both]
 
     def _late(self, image: _Side, text: _Side) -> tuple[Tensor, Tensor]:
-        return late_interaction(image.tokens, text.tokens, image.mask, text.mask, impl=self.impl)
+        masks = image.mask, text.mask
+        return late_interaction(
+            image.tokens, text.tokens, *masks, impl=self.impl, reduce=self.reduce
+        )
 
     def _all(self, side: _Side) -> _Side:
         """The same side of all processes; what is shorter is padded."""
@@ -171,15 +194,24 @@ class FilipLoss(nn.Module):
         scale: Tensor | float,
         targets: Tensor | None,
     ) -> Tensor:
-        if targets is not None:
-            what = "targets need the columns of all images"
-            raise ValueError(f'{what}: use distributed="rowblock"')
         check_even(len(asking[0].tokens))
         patches, words = map(self._all, keys)
         i2t, t2i = self._late(asking[0], words)[0], self._late(patches, asking[1])[1].T
-        own = torch.arange(len(words.tokens), device=i2t.device)[own_rows()]
-        i2t, t2i = (drop_small_gradients(s, self.skip_tol) * scale for s in (i2t, t2i))
-        halves = [F.cross_entropy(s, own, label_smoothing=self.label_smoothing) for s in (i2t, t2i)]
+        right = [torch.arange(len(words.tokens), device=i2t.device)[own_rows()]] * 2
+        if targets is not None:
+            if targets.shape != i2t.shape:
+                shapes = tuple(targets.shape), tuple(i2t.shape)
+                raise ValueError(f"targets have shape {shapes[0]}, the scores {shapes[1]}")
+            of_images, of_texts = soft_targets(gather(targets.to(i2t.dtype)), i2t.dtype)
+            right = [of_images[own_rows()], of_texts.T[own_rows()]]
+        halves = [
+            F.cross_entropy(
+                drop_small_gradients(s, self.skip_tol) * scale,
+                target,
+                label_smoothing=self.label_smoothing,
+            )
+            for s, target in zip((i2t, t2i), right, strict=True)
+        ]
         return (halves[0] + halves[1]) / 2
 
 
@@ -194,3 +226,11 @@ def _side(tokens: Tensor, mask: Tensor | None) -> _Side:
     whole = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     counted = torch.ones_like(tokens[..., 0], dtype=torch.bool) if mask is None else mask
     return _Side(F.normalize(whole, dim=-1, eps=_EPS), counted)
+
+
+def _cropped(mask: Tensor, length: int) -> Tensor:
+    """The mask of captions that were cropped to a length, where no word was."""
+    if mask[:, length:].any():
+        rows = mask[:, length:].any(1).nonzero().flatten().tolist()
+        raise ValueError(f"the text mask counts words behind the {length} given, in row {rows[0]}")
+    return mask[:, :length]

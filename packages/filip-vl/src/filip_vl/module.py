@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from filip_vl.data import PairBatch, positives
@@ -28,7 +29,8 @@ from filip_vl.optim import (
     warmup_cosine,
 )
 from filip_vl.retrieval import TokenSet, retrieval_metrics, retrieval_ranks
-from filip_vl.tokenizers import from_json
+from filip_vl.skips import REMEDY, StopOnSkips, scaler_of
+from filip_vl.tokenizers import from_json, other_layout
 from tenfold.checkpoint import load_state, strip_prefix
 from tenfold.contrastive.late import Impl
 from tenfold.contrastive.selection import kept_count
@@ -44,7 +46,6 @@ log = logging.getLogger(__name__)
 Decay = Literal["paper", "matrices"]
 
 _FEW_TOKENS = 8  # a selection below which the paper's rule was seen to fail
-_SKIPS = 20  # steps in a row without a finite loss
 _LOOK = 100  # steps between looks at whether tokens are finite
 _PATIENCE = 1000  # steps with the temperature at its bound
 
@@ -135,7 +136,7 @@ class FilipModule(LightningModule):
         except ValueError as error:
             raise UserError(str(error)) from error
         self.model.gradient_checkpointing = gradient_checkpointing
-        self.skips = self.held = 0
+        self.held = 0
         self._found: list[_Found] = []
 
     # -- what fits ---------------------------------------------------------------------------
@@ -166,6 +167,8 @@ class FilipModule(LightningModule):
         if not same and self.hparams["model"] not in CONFIGS:
             what = f"the data have {tokenizer.vocab_size} ids, the model {config.vocab_size}"
             fix = f"give --data.tokenizer {self.hparams['model']}, or the merges of its vocabulary"
+            if layout := other_layout(tokenizer, config.vocab_size):
+                fix = f"{layout[1]}: --data.tokenizer_layout {layout[0]}"
             raise UserError(what, fix=fix)
         self.model.set_vocabulary(tokenizer)
 
@@ -193,23 +196,23 @@ class FilipModule(LightningModule):
         """The contrastive loss of a batch.
 
         Raises:
-            UserError: no finite loss, many times in a row.
-            FloatingPointError: tokens that are not finite.
+            UserError: the loss is not finite, where no scaler skips the step.
+            NotFiniteError: tokens that are not finite, looked at every 100 steps.
         """
         self.model.check_finite = self.global_step % _LOOK == 0 and not self._scaled()
-        out = self(batch)
-        loss = self.loss(
-            out.image.tokens,
-            out.text.tokens,
-            out.logit_scale,
-            out.image.mask,
-            out.text.mask,
-            self._targets(batch),
-        )
-        self._count(loss)
+        image, text, log_scale = self(batch)
+        masks = image.mask, self._nominal(text.mask)
+        loss = self.loss(image.tokens, text.tokens, log_scale, *masks, self._targets(batch))
+        if not (self._scaled() or loss.detach().isfinite()):
+            raise UserError("the loss is not finite", fix=REMEDY)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/temperature", 1 / out.logit_scale.detach().exp())
+        self.log("train/temperature", 1 / log_scale.detach().exp())
         return loss
+
+    def _nominal(self, mask: Tensor) -> Tensor:
+        """The words' mask as long as the context, of whose length a share of them is taken."""
+        config = self.model.config
+        return mask if config.pooled else F.pad(mask, (0, config.context_length - mask.shape[1]))
 
     def _targets(self, batch: PairBatch) -> Tensor | None:
         """Right pairs among the texts of all processes, where more than one may be right."""
@@ -221,14 +224,11 @@ class FilipModule(LightningModule):
 
     def _scaled(self) -> bool:
         """Whether a scaler skips steps that are not finite, as in float16."""
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return scaler_of(self.trainer) is not None
 
-    def _count(self, loss: Tensor) -> None:
-        finite = bool(loss.detach().isfinite())
-        self.skips = 0 if finite else self.skips + 1
-        if not finite and (not self._scaled() or self.skips >= _SKIPS):
-            fix = "raise weight_decay, lower the rate, or use --trainer.precision bf16-mixed"
-            raise UserError(f"the loss was not finite {self.skips} times in a row", fix=fix)
+    def configure_callbacks(self) -> list[Callback]:
+        """Of a float16 run, what ends it where step after step is skipped."""
+        return [StopOnSkips()] if self._scaled() else []
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Shortens gradients, one by one."""
@@ -239,11 +239,10 @@ class FilipModule(LightningModule):
         """Keeps the temperature in its bounds, and tells where it stays at one."""
         before = self.model.logit_scale.detach().clone()
         self.model.clamp_logit_scale()
-        held = not torch.equal(before, self.model.logit_scale.detach())
-        self.held = self.held + 1 if held else 0
+        self.held = 0 if torch.equal(before, self.model.logit_scale.detach()) else self.held + 1
         if self.held == _PATIENCE:
             what = "the temperature was at its bound, %.4g, for %d steps"
-            log.warning(what, 1 / float(self.model.scale()), _PATIENCE)
+            log.warning(what, 1 / self.model.scale().item(), _PATIENCE)
 
     def configure_optimizers(self) -> Any:
         """LAMB or AdamW with warm-up and cosine, step by step."""
@@ -305,7 +304,7 @@ class FilipModule(LightningModule):
         self.log_dict({f"{split}/{name}": value for name, value in metrics.items()})
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One row for each image: its place, its first caption, and how well the two fit."""
+        """One row for each image: its place, first caption, how well they fit, or an error."""
         image, text = self.model.encode_image(batch.image), self.model.encode_text(batch.ids)
         v, t = image.normalized(), text.normalized()
         rows = []
@@ -320,7 +319,8 @@ class FilipModule(LightningModule):
                     "s_i2t": float(s.amax(1).mean()),
                     "s_t2i": float(s.amax(0).mean()),
                 }
-            rows.append({"image": int(batch.index[row]), **fits})
+            fits |= {"s_i2t": "", "s_t2i": ""} if batch.errors[row] else {}
+            rows.append({"image": int(batch.index[row]), **fits, "error": batch.errors[row]})
         return rows
 
     # -- checkpoints -------------------------------------------------------------------------

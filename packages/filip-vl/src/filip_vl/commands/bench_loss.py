@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from filip_vl.commands.common import at_least, columns
 from filip_vl.losses import FilipLoss
+from filip_vl.report import Cost as Point
+from filip_vl.report import cost_curves
+from tenfold.console import at_least, columns
 from tenfold.device import is_overloaded, pick_device, synchronize
 from tenfold.errors import UserError
+from tenfold.plotting import save
 
 Impl = Literal["naive", "tiled", "triton"]
 
@@ -63,6 +66,7 @@ def bench_loss(
     dim: int = 256,
     repeats: int = 1,
     seed: int = 0,
+    out: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Time and peak memory of the naive loss and of this package's, forward and backward.
@@ -77,6 +81,7 @@ def bench_loss(
         dim: width of a token.
         repeats: passes of each form, of which the median is told.
         seed: of the tokens.
+        out: picture of throughput and memory against the batch: a quarter, a half and all of it.
         device: auto, cpu, cuda or cuda:N; on CUDA the fused kernels are measured too.
     """
     at_least(1, batch=batch, patches=patches, words=words, dim=dim, repeats=repeats)
@@ -100,6 +105,16 @@ def bench_loss(
     sizes = f"{patches} patches and {words} words, {valid:.1f} of them valid, width {dim}"
     print(f"{batch} pairs of {sizes}, {where}")
     print(_table(found))
+    if out is not None:
+        parts = [Pairs(*(x[: batch // n] for x in given)) for n in (4, 2) if n <= batch]
+        costs = {
+            impl: [
+                *(_point(part, measure(part, impl, repeats)) for part in parts),
+                _point(given, found[impl]),
+            ]
+            for impl in impls
+        }
+        print(f"wrote {save(cost_curves(costs, str(where).upper()), out)}")
     if is_overloaded():
         print("other work is running here: do not publish the times")
 
@@ -138,6 +153,11 @@ def measure(given: Pairs, impl: Impl, repeats: int = 1) -> Cost:
     assert text is not None
     known = [p for p in peaks if p is not None]
     return Cost(median(seconds), median(known) if known else None, value, (image, text))
+
+
+def _point(given: Pairs, cost: Cost) -> Point:
+    """A point of the picture; what cannot be told, or is nothing, lies at its lower edge."""
+    return Point(len(given.image), max(cost.seconds, 1e-9), 2**20 * max(cost.mib or 0.0, 0.1))
 
 
 def _watch(device: torch.device) -> Callable[[], float | None]:

@@ -18,6 +18,7 @@ from filip_vl.index.items import open_source
 from filip_vl.model import FilipModel, TokenBatch
 from filip_vl.module import load_model
 from filip_vl.tokenizers.bpe import Layout
+from tenfold.console import at_least
 from tenfold.data import BROKEN
 from tenfold.device import pick_device
 from tenfold.errors import UserError
@@ -86,17 +87,6 @@ def refused(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error), where=where) from error
-
-
-def at_least(least: int, **values: int | None) -> None:
-    """Make sure that numbers of the command line are not too small; None passes.
-
-    Raises:
-        UserError: names the option.
-    """
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
 
 
 def must_be_new(folder: Path) -> None:
@@ -202,24 +192,3 @@ def check_errors(errors: Mapping[int, str], total: int, most: float = MAX_BAD_FR
 
 def _as_list(loaded: list[Any]) -> list[Any]:
     return loaded
-
-
-# -- tables ------------------------------------------------------------------------------------
-
-
-def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of as many cells in columns, the first of them the heads.
-
-    Args:
-        rows: at least one.
-        left: how many columns are flush left; the others are flush right.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if n < left else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

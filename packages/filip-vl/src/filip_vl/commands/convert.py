@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from filip_vl.commands.common import at_least, must_be_new, refused
+from filip_vl.commands.common import must_be_new, refused
 from filip_vl.convert import read_checkpoint
 from filip_vl.convert.reading import Source
 from filip_vl.data.tokenizing import open_tokenizer
@@ -13,6 +13,7 @@ from filip_vl.hub import is_model_folder
 from filip_vl.model import FilipModel
 from filip_vl.tokenizers import Tokenizer
 from filip_vl.tokenizers.bpe import Layout
+from tenfold.console import at_least
 
 _TOKENIZER_FILES = ("merges.txt", "tokenizer.json")
 

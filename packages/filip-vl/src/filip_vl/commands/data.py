@@ -6,10 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from filip_vl.commands.common import at_least, must_be_new
+from filip_vl.commands.common import must_be_new
 from filip_vl.data import write_shapes
 from filip_vl.data.shapes import CONTEXT_LENGTH
 from filip_vl.synthetic import SIZE, TEST_PAIRS, TRAIN_PAIRS
+from tenfold.console import at_least
 
 
 def data(
@@ -48,6 +49,6 @@ def reading(folder: Path, format: str, train: int = TRAIN_PAIRS) -> list[str]:
         "augment": "none",
     }
     words = [word for name, value in options.items() for word in (f"--data.{name}", value)]
-    if train < TRAIN_PAIRS:  # the recipe looks at the validation pairs where its first epoch ends
-        words += ["--data.batch_size", str(min(train, 64)), "--trainer.val_check_interval", "1.0"]
+    if train < TRAIN_PAIRS:
+        words += ["--data.batch_size", str(min(train, 64))]
     return ["--config", "demo", *words]

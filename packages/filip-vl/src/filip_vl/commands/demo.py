@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
-from filip_vl.alignment import alignment_map
+from filip_vl.alignment import Alignment, alignment_map, scene_grounding
 from filip_vl.comparison import (
     CHANCE,
     METRICS,
     RECIPES,
     compare_shapes,
     pixels_of,
+    steps_within,
     test_scenes,
 )
 from filip_vl.model import FilipModel
@@ -22,18 +25,21 @@ from filip_vl.module import load_model
 from filip_vl.report import (
     Query,
     comparison_bars,
+    contribution_bars,
     plot_alignment,
     retrieval_sheet,
     save_all,
+    similarity_matrices,
     training_curves,
 )
 from filip_vl.retrieval import ranks_of
-from filip_vl.synthetic import Scene
+from filip_vl.synthetic import TEST_SEED, Scene, near_duplicates
 from tenfold.checkpoint import atomic_file
+from tenfold.console import at_least
 from tenfold.contrastive import late_interaction
 from tenfold.errors import UserError
 
-_SHOWN = 4  # captions and images of the pictures
+_SHOWN, _BATCH = 4, 8  # captions and images of the pictures, pairs of the matrices
 
 
 def demo(
@@ -41,19 +47,27 @@ def demo(
     seed: int = 0,
     seeds: int = 1,
     steps: int | None = None,
+    minutes: float | None = None,
 ) -> None:
     """Train FILIP and CLIP on scenes of coloured shapes, compare them, and draw what they learned.
 
-    Nothing is downloaded; two minutes a seed on two cores. A demo that was interrupted goes on.
+    Nothing is downloaded; two minutes a seed on two cores. Both sides take the same steps. A demo
+    that was interrupted goes on.
 
     Args:
         out: folder of runs, metrics.json and pictures.
         seed: the first one.
         seeds: how many.
         steps: of the optimiser; 600 if left out.
+        minutes: about how long it may take: then fewer steps, as many as fit by the pace that is
+            measured first.
     """
-    if seeds < 1 or (steps is not None and steps < 1):
-        raise UserError(f"--seeds and --steps must be 1 or more, got {seeds} and {steps}")
+    at_least(1, seeds=seeds, steps=steps)
+    if minutes is not None:
+        if not 0 < minutes < float("inf"):
+            raise UserError(f"--minutes must be above 0, got {minutes}")
+        steps = steps_within(60 * minutes / seeds, out, steps)
+        print(f"{steps} steps of each side")
     chosen = range(seed, seed + seeds)
     scores = compare_shapes(out, chosen, steps=steps)
     with atomic_file(out / "metrics.json") as file:
@@ -83,6 +97,7 @@ def table(scores: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
 def draw(out: Path, seed: int, scores: dict[str, dict[str, list[float]]]) -> list[Path]:
     """The pictures of a demo, from its first seed."""
     runs = {side: out / f"{side.lower()}-{seed}" for side in RECIPES}
@@ -97,11 +112,44 @@ def draw(out: Path, seed: int, scores: dict[str, dict[str, list[float]]]) -> lis
         "retrieval": retrieval_sheet(queries(filip, scenes), "What FILIP finds for a caption"),
     }
     for number, made in enumerate(scenes[:_SHOWN]):
-        pixels = pixels_of([made])[0]
-        label = made.caption[slice(made.phrases[0].colour[0], made.phrases[0].shape[1])]
-        found = alignment_map(filip, pixels, made.caption, label)
-        figures[f"alignment_{number}"] = plot_alignment(made.image, found)
+        found = content_alignment(filip, made)
+        heading = f"Among colours and shapes: {made.caption}"
+        figures[f"alignment_{number}"] = plot_alignment(made.image, found, heading)
+    figures |= {"similarity": _matrices(filip, scenes[:_BATCH]), "contributions": _words(filip)}
     return save_all(figures, out)
+
+
+def content_alignment(model: FilipModel, made: Scene) -> Alignment:
+    """The colour or shape that every patch is most like, with the first object as the label.
+
+    Among all tokens many patches of objects prefer "and" or the end, which the loss leaves free.
+    """
+    assert model.tokenizer is not None
+    phrase = made.phrases[0]
+    label = made.caption[phrase.colour[0] : phrase.shape[1]]
+    found = alignment_map(model, pixels_of([made])[0], made.caption, label)
+    content = scene_grounding(made, model.tokenizer, model.config.context_length).content
+    others = [n for n in range(len(found.strings)) if n not in content]
+    kept = found.similarities.clone()
+    kept[others] = -torch.inf
+    return replace(found, similarities=kept)
+
+
+def _matrices(model: FilipModel, scenes: list[Scene]) -> Figure:
+    """Both scores of some pairs."""
+    captions = [made.caption for made in scenes]
+    image, text = model.encode_image(pixels_of(scenes)), model.encode_text(captions)
+    scores = late_interaction(image.normalized(), text.normalized(), image.mask, text.mask)
+    return similarity_matrices(*scores, [made.image for made in scenes], captions)
+
+
+def _words(model: FilipModel) -> Figure:
+    """What each word of a caption adds for its scene, and for those that differ in one object."""
+    group = near_duplicates(TEST_SEED, 0)
+    caption = group[0].caption
+    found = [alignment_map(model, pixels_of([made])[0], caption) for made in group]
+    names = ["its own", *["changed"] * (len(group) - 1)]
+    return contribution_bars([made.image for made in group], found, names, caption)
 
 
 @torch.no_grad()

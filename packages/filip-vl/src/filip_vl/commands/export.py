@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from filip_vl.commands.common import at_least, must_be_new, open_model, refused
+from filip_vl.commands.common import must_be_new, open_model, refused
 from filip_vl.export import export_folder, export_tower
 from filip_vl.hub import TOKENIZER_FILE
 from tenfold.checkpoint import atomic_file
+from tenfold.console import at_least
 
 
 def export(

@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from filip_vl.commands.common import at_least
-from filip_vl.data import FilterRules, Location, filter_pairs, load_callable, read_any, write_kept
-from filip_vl.data.shards import expand_shards
+from filip_vl.data import FilterRules, Location, filter_file, load_callable
 from filip_vl.data.sources import SplitName, source_of
 from tenfold.checkpoint import atomic_file
+from tenfold.console import at_least
 from tenfold.errors import UserError
-
-_FOLDERS = {"webdataset": "*.tar", "parquet": "*.parquet"}
 
 
 def filter(
@@ -59,10 +56,6 @@ def filter(
         threads: that look at images.
     """
     at_least(1, threads=threads)
-    at = Location(source or _source(src), root, image_column, caption_column)
-    files = _files(src, at.source)
-    if str(out.absolute()) in files or (out.is_dir() and out in {Path(f).parent for f in files}):
-        raise UserError("--out is what is read", where=str(out), fix="choose another")
     options: dict[str, Any] = {} if language is None else {"language": load_callable(language)}
     rules = FilterRules(
         min_side=min_side,
@@ -72,35 +65,17 @@ def filter(
         rewrite=None if rewrite is None else load_callable(rewrite),
         **options,
     )
-    pairs = read_any(src, at, split)
-    kept, counts = filter_pairs(pairs, rules, threads)
+    at = Location(source or source_of(src), root, image_column, caption_column)
+    counts = filter_file(src, out, rules, at, split=split, threads=threads)
     print("\n".join(counts.lines()))
-    if not kept:
-        raise UserError("nothing is left, and nothing was written", where=src)
-    written = write_kept(files, at, pairs, kept, out)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(report) as file:
             file.write(json.dumps(counts.to_dict(), indent=1).encode())
-    print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if written[1:] else ""))
+    print(f"wrote {out}")
     home = root or Path(src).parent
     if at.source in ("csv", "jsonl") and home.absolute() != out.parent.absolute():
         print(f"its images are still named from {home}: read it with --data.root {home}")
-
-
-def _source(src: str) -> str:
-    if "{" not in src and not Path(src).exists():
-        raise UserError("no such file or folder", where=src)
-    return source_of(src)
-
-
-def _files(src: str, source: str) -> list[str]:
-    """The files that are read."""
-    if Path(src).is_dir() and source in _FOLDERS:
-        return [str(path.absolute()) for path in sorted(Path(src).glob(_FOLDERS[source]))]
-    if source == "webdataset":
-        return [str(Path(shard).absolute()) for shard in expand_shards(src)]
-    return [str(Path(src).absolute())]
 
 
 def _words(file: Path | None) -> frozenset[str]:

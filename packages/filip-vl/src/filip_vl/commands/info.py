@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from filip_vl.commands.common import open_model, refused
 from filip_vl.convert import read_checkpoint
 from filip_vl.hub import is_model_folder
-from filip_vl.model import CONFIGS, FilipModel
+from filip_vl.model import CONFIGS, FilipConfig, FilipModel
 from filip_vl.tokenizers import BPETokenizer, Tokenizer
 from tenfold.checkpoint import load_state
 from tenfold.training import LAST
 
 
 def info(ckpt: Path, json: bool = False) -> None:
-    """Tell what a checkpoint is: configuration, parameters, temperature, tokenizer.
+    """Tell what a checkpoint is: configuration, parameters, cost, temperature, tokenizer.
 
     Args:
         ckpt: a checkpoint or the folder of a run, a model folder, a published checkpoint, or the
@@ -30,7 +31,7 @@ def info(ckpt: Path, json: bool = False) -> None:
         print(json_format.dumps(facts, indent=1))
         return
     print(f"{ckpt}: {facts['kind']}")
-    sections = {name: facts[name] for name in ("config", "parameters")}
+    sections = {name: facts[name] for name in ("config", "parameters", "gmacs")}
     rest = {name: value for name, value in facts.items() if name not in (*sections, "kind")}
     sections["model"] = {name: value for name, value in rest.items() if value is not None}
     width = max(len(key) for section in sections.values() for key in section)
@@ -45,9 +46,9 @@ def describe(ckpt: Path) -> dict[str, Any]:
     """The facts of `info` as plain values.
 
     Returns:
-        kind; config (fields); parameters (image, text, all); image_tokens of an image; temperature
-        (None of random weights); tokenizer; run (epoch and step) of a checkpoint, report (the keys)
-        of a published one, else None.
+        kind; config (fields); parameters (image, text, all); gmacs (image, text), see
+        `giga_macs`; image_tokens of an image; temperature (None of random weights); tokenizer; run
+        (epoch and step) of a checkpoint, report (the keys) of a published one, else None.
 
     Raises:
         UserError: nothing of the kind there.
@@ -86,12 +87,42 @@ def _facts(model: FilipModel, kind: str) -> dict[str, Any]:
         "kind": kind,
         "config": config.to_dict(),
         "parameters": parameters,
+        "gmacs": giga_macs(config),
         "image_tokens": tokens,
         "temperature": None if meta else 1 / float(model.scale().detach()),
         "tokenizer": _tokenizer(model.tokenizer),
         "run": None,
         "report": None,
     }
+
+
+def giga_macs(config: FilipConfig) -> dict[str, float]:
+    """Billions of multiply-adds of each tower, as the papers count: without the joint projection.
+
+    Args:
+        config: an image of its size, a caption of all its positions.
+
+    Returns:
+        image and text.
+    """
+    with torch.device("meta"):
+        model = FilipModel(config)
+        pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+        ids = torch.zeros(1, config.context_length, dtype=torch.int64)
+    rows = {
+        "image": (config.grid**2 + 1) * config.vision_width,
+        "text": config.context_length * config.text_width,
+    }
+    found = {}
+    for name, encode, given in (
+        ("image", model.encode_image, pixels),
+        ("text", model.encode_text, ids),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            encode(given)
+        macs = counter.get_total_flops() / 2 - rows[name] * config.embed_dim
+        found[name] = round(macs / 1e9, 4)
+    return found
 
 
 def _tokenizer(tokenizer: Tokenizer | None) -> str:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from filip_vl.commands.common import (
-    MAX_BAD_FRACTION,
-    at_least,
-    check_errors,
-    encode_images,
-    open_model,
-)
+from filip_vl.commands.common import MAX_BAD_FRACTION, check_errors, encode_images, open_model
 from filip_vl.data import read_class_folders
 from filip_vl.model import FilipModel
+from filip_vl.optim import warmup_cosine
 from tenfold.checkpoint import atomic_file
+from tenfold.console import at_least
 from tenfold.errors import UserError
 from tenfold.images import Split
 
@@ -59,8 +55,14 @@ def probe(
     ckpt: Path,
     images: Path,
     test: Path | None = None,
+    solver: Literal["lbfgs", "sgd"] = "lbfgs",
     l2: float = 1e-3,
     iterations: int = 1000,
+    epochs: int = 90,
+    lr: float = 0.1,
+    warmup: int = 10,
+    fit_batch: int = 4096,
+    seed: int = 0,
     out: Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -68,15 +70,24 @@ def probe(
     max_pixels: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Fit a logistic regression (L-BFGS) on the mean of the frozen image tokens, and test it.
+    """Fit a linear classifier on the mean of the frozen image tokens, and test it.
+
+    The paper takes L-BFGS (--l2, --iterations), and for ImageNet SGD behind a batch norm (--epochs,
+    --lr, --warmup, --fit-batch, --seed).
 
     Args:
         ckpt: a checkpoint or the folder of a run, a model folder, or a published CLIP.
         images: folder of train/<class>/*.jpg and test/<class>/*.jpg, or of the training classes
             with --test.
         test: folder of the test classes.
+        solver: lbfgs for a logistic regression, or sgd as for ImageNet.
         l2: weight of half the squared norm of the weights, beside the mean cross entropy.
         iterations: of L-BFGS at most.
+        epochs: of SGD.
+        lr: the highest learning rate of SGD.
+        warmup: epochs in which it grows; a cosine to 0 follows.
+        fit_batch: images in a step of SGD.
+        seed: of the order of SGD.
         out: JSON file of the accuracies.
         batch_size: images that are encoded together.
         workers: processes that read images.
@@ -84,7 +95,10 @@ def probe(
         max_pixels: larger images are not read.
         device: auto, cpu, cuda, cuda:N or mps.
     """
-    at_least(1, iterations=iterations)
+    at_least(1, iterations=iterations, epochs=epochs, fit_batch=fit_batch)
+    at_least(0, lr=lr, warmup=warmup)
+    if warmup >= epochs and solver == "sgd":
+        raise UserError(f"--warmup {warmup} leaves none of --epochs {epochs}")
     if not 0 <= l2 < float("inf"):
         raise UserError(f"--l2 must be 0 or more, got {l2}")
     train, held_out = _splits(images, test)
@@ -92,14 +106,19 @@ def probe(
     options = {"batch_size": batch_size, "workers": workers, "max_pixels": max_pixels}
     known = frozen_features(model, train, most=max_bad_fraction, **options)
     asked = frozen_features(model, held_out, most=max_bad_fraction, **options)
-    classifier = fit_logistic(known, len(train.names), l2=l2, iterations=iterations)
+    classes = len(train.names)
+    if solver == "lbfgs":
+        classifier = fit_logistic(known, classes, l2=l2, iterations=iterations)
+    else:
+        sizes = {"epochs": epochs, "warmup": warmup, "batch_size": fit_batch, "seed": seed}
+        classifier = fit_sgd(known, classes, lr=lr, **sizes)
     scores = {
         "train": accuracy(classifier, known),
         "test": accuracy(classifier, asked),
         "mean_per_class": mean_per_class(classifier, asked),
     }
     counts = f"{len(known.labels)} training and {len(asked.labels)} test images"
-    print(f"{counts} of {len(train.names)} classes, {known.values.shape[1]} features")
+    print(f"{counts} of {classes} classes, {known.values.shape[1]} features")
     for name, value in scores.items():
         print(f"{name.replace('_', ' '):<15} {100 * value:6.2f} %")
     if out is not None:
@@ -179,6 +198,51 @@ def fit_logistic(
 
     optimizer.step(closure)
     return LinearClassifier(mean, scale, weight.detach(), bias.detach())
+
+
+def fit_sgd(
+    known: Features,
+    classes: int,
+    *,
+    epochs: int = 90,
+    lr: float = 0.1,
+    warmup: int = 10,
+    batch_size: int = 4096,
+    seed: int = 0,
+) -> LinearClassifier:
+    """The paper's classifier for ImageNet: SGD with momentum 0.9 and no decay behind a batch norm.
+
+    Weights start from zero, the norm has none. Its statistics are means over all batches.
+
+    Args:
+        known: features with their classes.
+        classes: how many there are.
+        epochs: of the training.
+        lr: the highest learning rate.
+        warmup: epochs in which it grows; a cosine to 0 follows.
+        batch_size: images in a step at most; the batches of an epoch are of the same size.
+        seed: of the order.
+    """
+    (count, dim), dtype = known.values.shape, known.values.dtype
+    norm = nn.BatchNorm1d(dim, affine=False, momentum=None, dtype=dtype)
+    weight = known.values.new_zeros(classes, dim).requires_grad_()
+    bias = known.values.new_zeros(classes).requires_grad_()
+    optimizer = torch.optim.SGD([weight, bias], lr, momentum=0.9)
+    batches = -(-count // batch_size)
+    schedule = warmup_cosine(optimizer, steps=epochs * batches, warmup=warmup * batches)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        # a batch of one has no variance: parts of the same size have none
+        for rows in torch.randperm(count, generator=generator).tensor_split(batches):
+            logits = F.linear(norm(known.values[rows]), weight, bias)
+            optimizer.zero_grad()
+            F.cross_entropy(logits, known.labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    return LinearClassifier(mean, (variance + norm.eps).sqrt(), weight.detach(), bias.detach())
 
 
 def accuracy(classifier: LinearClassifier, asked: Features) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,7 @@ from torch import Tensor
 
 from filip_vl.commands.common import (
     MAX_BAD_FRACTION,
-    at_least,
     check_errors,
-    columns,
     encode_images,
     open_model,
     tell_truncated,
@@ -24,6 +23,7 @@ from filip_vl.commands.common import (
 from filip_vl.data import Location, Pairs, merge_images, read_any, read_karpathy, shape_pairs
 from filip_vl.data.pairs import drop_blank
 from filip_vl.data.sources import SplitName, source_of
+from filip_vl.data.writers import text_file
 from filip_vl.index.items import open_source, seen_part
 from filip_vl.model import FilipModel
 from filip_vl.report import Query, retrieval_sheet, save_all
@@ -32,6 +32,7 @@ from filip_vl.synthetic import TEST_PAIRS, TEST_SEED
 from filip_vl.tokenizers.bpe import Layout
 from filip_vl.zeroshot import CaptionPrompt, retrieval_prompts
 from tenfold.checkpoint import atomic_file
+from tenfold.console import at_least, columns
 from tenfold.contrastive import late_interaction
 from tenfold.errors import UserError
 
@@ -71,7 +72,7 @@ def retrieve(
         root: folder that the names of images start from; that of the file if left out.
         split: of Karpathy's JSON.
         prompts: what the paper puts around captions.
-        out: folder of metrics.json and failures.png.
+        out: folder of metrics.json, ranks.csv (of every image and caption) and failures.png.
         source: format of --data; told by its name if left out.
         image_column: of a table, JSON lines or Parquet files; each format's own if left out.
         caption_column: likewise.
@@ -107,7 +108,8 @@ def retrieve(
     counts = {"images": len(images), "captions": len(groups), "prompts": prompts}
     with atomic_file(out / "metrics.json") as file:
         file.write(json.dumps({**metrics, **counts}, indent=1).encode())
-    print(f"wrote {out / 'metrics.json'}")
+    _write_ranks(out / "ranks.csv", pairs, groups, ranks)
+    print(f"wrote {out / 'metrics.json'} and {out / 'ranks.csv'}")
     failures = _failures(model, pairs, images, t2i_texts, groups, ranks.t2i)
     if failures:
         figure = retrieval_sheet(failures, "The captions that found their image last")
@@ -190,6 +192,17 @@ def _table(metrics: dict[str, float], images: int, captions: int) -> str:
         rows.append([name, *(f"{100 * metrics[f'{direction}_r{k}']:.2f}" for k in (1, 5, 10))])
     rsum = f"rsum {100 * metrics['rsum']:.2f}; {images} images, {captions} captions"
     return f"{columns(rows)}\n{rsum}"
+
+
+def _write_ranks(file: Path, pairs: Pairs, groups: Int64[Tensor, " texts"], ranks: Ranks) -> None:
+    """A row for each image that looked for captions, then one for each caption with its image."""
+    with text_file(file) as text:
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["direction", "image", "caption", "rank"])
+        for key, rank in zip(pairs.keys, ranks.i2t.tolist(), strict=True):
+            table.writerow(["i2t", key, "", rank])
+        rows = zip(groups.tolist(), pairs.texts(), ranks.t2i.tolist(), strict=True)
+        table.writerows(["t2i", pairs.keys[home], caption, rank] for home, caption, rank in rows)
 
 
 def _failures(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from filip_vl.commands.common import at_least, columns, open_model
+from filip_vl.commands.common import open_model
 from filip_vl.data import read_source
 from filip_vl.index import (
     CANDIDATES,
@@ -29,6 +29,7 @@ from filip_vl.model import FilipModel
 from filip_vl.report import Hit as Shown
 from filip_vl.report import contact_sheet
 from filip_vl.tokenizers.bpe import Layout
+from tenfold.console import at_least, columns
 from tenfold.errors import UserError
 from tenfold.plotting import save
 

@@ -15,14 +15,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from filip_vl.commands.common import (
-    at_least,
-    columns,
-    encode_images,
-    open_model,
-    refused,
-    tell_truncated,
-)
+from filip_vl.commands.common import encode_images, open_model, refused, tell_truncated
 from filip_vl.data import read_images, read_labelled
 from filip_vl.data.folder import class_name
 from filip_vl.data.table import IMAGE_COLUMN, read_rows
@@ -30,9 +23,11 @@ from filip_vl.data.writers import text_file
 from filip_vl.model import FilipModel
 from filip_vl.report import confusion_matrix, save_all
 from filip_vl.tokenizers.bpe import Layout
-from filip_vl.zeroshot import ZeroShotClassifier, class_sets, read_classes
+from filip_vl.zeroshot import ZeroShotClassifier, class_sets, prompt_table, read_classes
 from filip_vl.zeroshot.classifier import Ensemble
+from filip_vl.zeroshot.prompts import Average
 from tenfold.checkpoint import atomic_file
+from tenfold.console import at_least, columns
 from tenfold.errors import UserError
 from tenfold.images import IMAGE_SUFFIXES
 
@@ -65,8 +60,16 @@ class Measured(NamedTuple):
     counts: Int[ndarray, "classes classes"]
     top: int
 
-    def summary(self, names: Sequence[str], topk: int) -> dict[str, object]:
-        """Accuracies in 0..1; those of classes without an image are left out."""
+    def summary(
+        self, names: Sequence[str], topk: int, average: Average | None = None
+    ) -> dict[str, object]:
+        """Accuracies in 0..1; those of classes without an image are left out.
+
+        Args:
+            names: of the classes.
+            topk: how many were taken as the best.
+            average: how the protocol of a data set averages, where it is one.
+        """
         totals, right = self.counts.sum(1), self.counts.diagonal()
         per_class = {
             name: float(hit / total)
@@ -74,8 +77,10 @@ class Measured(NamedTuple):
             if total
         }
         images = int(totals.sum())
+        protocol = {"macro": "mean_per_class", "micro": "accuracy", None: None}[average]
         return {
             "images": images,
+            "protocol": protocol,
             "accuracy": float(right.sum() / images),
             f"top{topk}": self.top / images,
             "mean_per_class": float(np.mean(list(per_class.values()))),
@@ -106,6 +111,7 @@ def zeroshot(
 
     Written are the best classes of every image; where labels are known (folders that are called
     like classes, a column of a table, a named data set), also accuracies and a confusion matrix.
+    The figure of a named data set is the mean over its classes where CLIP's protocol says so.
 
     Args:
         ckpt: a checkpoint or the folder of a run, a model folder, or a published CLIP.
@@ -146,7 +152,8 @@ def zeroshot(
     print(f"wrote {out}")
     measured = measure(best, found.labels, len(names))
     if measured is not None:
-        _report(out, measured.summary(names, best.shape[1]), measured, names)
+        average = None if dataset is None else prompt_table(dataset).average
+        _report(out, measured.summary(names, best.shape[1], average), measured, names)
 
 
 def read_to_classify(
@@ -307,7 +314,8 @@ def _report(
     assert isinstance(per_class, dict)
     for name, value in summary.items():
         if isinstance(value, float):
-            print(f"{name.replace('_', ' '):<16} {100 * value:6.2f} %")
+            told = "  the figure of CLIP's protocol" if name == summary["protocol"] else ""
+            print(f"{name.replace('_', ' '):<16} {100 * value:6.2f} %{told}")
     worst = sorted(per_class.items(), key=lambda item: item[1])
     shown = per_class.items() if len(worst) <= _LISTED else worst[:_LISTED]
     heads = ["class" if len(worst) <= _LISTED else f"the {_LISTED} worst classes", "accuracy"]

@@ -94,6 +94,8 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     if epsilons != {1e-5}:
         raise UserError(f"norms with another epsilon than 1e-05: {sorted(epsilons)}")
     end = text.get("eos_token_id", _WRONG_END)
+    if isinstance(end, int) and end >= text.get("vocab_size", 49408):
+        end = _WRONG_END  # left over from another vocabulary
     return {
         "act": acts.pop(),
         "vision_heads": vision.get("num_attention_heads", 12),

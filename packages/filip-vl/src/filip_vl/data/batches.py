@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -14,7 +15,7 @@ from filip_vl.data.decoding import read_source
 from filip_vl.data.pairs import Pairs, Record, duplicates
 from filip_vl.data.transforms import Transform
 from filip_vl.tokenizers import Tokenizer
-from tenfold.data import Draw, as_draw
+from tenfold.data import BROKEN, Draw, as_draw
 from tenfold.errors import UserError
 from tenfold.training import item_rng, mix
 
@@ -36,12 +37,14 @@ class PairItem(NamedTuple):
         captions: texts of the image: one in training, all in evaluation.
         index: position in the split.
         image_id: the same for items that show the same image.
+        error: why the image cannot be used; its pixels are 0 then.
     """
 
     image: Float[Tensor, "3 height width"]
     captions: list[str]
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     image_id: int
+    error: str = ""
 
 
 @dataclass
@@ -62,6 +65,7 @@ class PairBatch:
             own caption is right. With several ranks their ids are gathered, see `positives`.
         truncated: captions of the batch that were too long.
         duplicates: captions that are in the batch before: false negatives without `targets`.
+        errors: of each image, see `PairItem`; empty but in prediction.
     """
 
     image: Float[Tensor, "batch 3 height width"]
@@ -74,6 +78,7 @@ class PairBatch:
     targets: Bool[Tensor, "batch batch"] | None = None
     truncated: int = 0
     duplicates: int = 0
+    errors: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.image)
@@ -192,6 +197,19 @@ class PairItems(Dataset[PairItem]):
         return PairItem(pixels, self.captions(record.captions, draw), draw.index, image_id)
 
 
+class PredictItems(PairItems):
+    """Every image has its item: one that cannot be used is black, and says why."""
+
+    def item(self, record: Record, draw: Draw, image_id: int) -> PairItem:
+        """The item of a record."""
+        try:
+            return super().item(record, draw, image_id)
+        except BROKEN as error:
+            why = str(error) if isinstance(error, UserError) else repr(error)
+            black = self.transform(Image.new("RGB", (1, 1))) * 0
+            return PairItem(black, list(record.captions), draw.index, image_id, why)
+
+
 class PairCollate:
     """Makes a batch of items.
 
@@ -236,6 +254,7 @@ class PairCollate:
             targets=targets,
             truncated=self.tokenizer.truncated - before,
             duplicates=duplicates(clean),
+            errors=[item.error for item in items],
         )
 
 

@@ -13,6 +13,7 @@ from filip_vl.data.batches import (
     PairBatch,
     PairCollate,
     PairItems,
+    PredictItems,
     all_captions,
 )
 from filip_vl.data.memory import pairs_in_memory
@@ -33,7 +34,7 @@ from filip_vl.data.transforms import CROP_SCALE, Augmentation, eval_transform, t
 from filip_vl.synthetic import SIZE, TEST_PAIRS, TEST_SEED, TRAIN_PAIRS, TRAIN_SEED
 from filip_vl.tokenizers import Tokenizer, from_json
 from filip_vl.tokenizers.bpe import Layout
-from tenfold.data import DataModule, EpochSampler, Loader
+from tenfold.data import BadItem, DataModule, EpochSampler, Loader
 from tenfold.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -325,12 +326,12 @@ class FilipDataModule(DataModule):
             buffer=(most, min(most, SAMPLE_BUFFER[1])),
         )
 
-    def _still(self, pairs: Pairs | None) -> PairItems | None:
+    def _still(self, pairs: Pairs | None, kind: type[PairItems] = PairItems) -> PairItems | None:
         """Items of evaluation: every image once, with all its captions."""
         if pairs is None:
             return None
         most = self.hparams["max_pixels"]
-        return PairItems(
+        return kind(
             merge_images(pairs), self.eval_transform, all_captions, self.seed, max_pixels=most
         )
 
@@ -343,16 +344,21 @@ class FilipDataModule(DataModule):
         return self._still(self._first("test", "val"))
 
     def predict_dataset(self) -> PairItems | None:
-        """Images to predict, with what captions they have; the test images if none are named."""
-        return self._still(self.pairs("predict")) if self._only_predict else self.test_dataset()
+        """Images to predict, with what captions they have; the test images if none are named.
+
+        One that cannot be used keeps its place, see `PredictItems`, unless it stops the run.
+        """
+        pairs = self.pairs("predict") if self._only_predict else self._first("test", "val")
+        return self._still(pairs, PredictItems if self.on_bad_item == "skip" else PairItems)
 
     def train_dataloader(self) -> Loader:
         """Shuffled, see `tenfold.data.DataModule`; warns where a batch is too small to contrast."""
-        if self.batch_size < _FEW:
-            log.warning(
-                "%d pairs in a batch contrast little: use %d or more", self.batch_size, _FEW
-            )
-        return super().train_dataloader()
+        loader = super().train_dataloader()
+        assert isinstance(loader.sampler, EpochSampler)
+        size = min(self.batch_size, len(loader.sampler))
+        if size < _FEW:
+            log.warning("%d pairs in a batch contrast little: use %d or more", size, _FEW)
+        return loader
 
     def _loader(
         self, split: str, dataset: Any, batch_size: int, sampler: EpochSampler | None = None
@@ -378,6 +384,9 @@ class FilipDataModule(DataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Counts captions that were cut, and in training those that are there twice."""
         if isinstance(batch, PairBatch):
+            if any(batch.errors):
+                told = zip(batch.index.tolist(), batch.errors, strict=True)
+                self.bad_items["predict"].add([BadItem(n, why, "") for n, why in told if why])
             if batch.truncated and not self.truncated:
                 log.warning(
                     "captions longer than %d tokens are cut; their number is told at the end",

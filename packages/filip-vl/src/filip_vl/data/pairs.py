@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -103,6 +103,22 @@ class Picked(Sequence[Any]):
         if isinstance(index, slice):
             return [self[n] for n in range(*index.indices(len(self)))]
         return self._sequence[int(self._positions[index])]
+
+
+class Computed(Sequence[Any]):
+    """A sequence whose entries are made when they are looked at, and not kept."""
+
+    def __init__(self, count: int, entry: Callable[[int], Any]) -> None:
+        self._numbers, self._entry = range(count), entry
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        numbers = self._numbers[index]
+        if isinstance(numbers, range):
+            return [self._entry(number) for number in numbers]
+        return self._entry(numbers)
 
 
 @dataclass(frozen=True)

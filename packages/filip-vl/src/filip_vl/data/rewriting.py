@@ -12,7 +12,7 @@ from filip_vl.data import jsonl, parquet, table
 from filip_vl.data.filtering import FilterReport, FilterRules, Kept, filter_pairs
 from filip_vl.data.pairs import Pairs
 from filip_vl.data.shards import IMAGE_MEMBERS, grouped_members, open_shard
-from filip_vl.data.sources import IMAGES, Location, files_of, read_any, source_of
+from filip_vl.data.sources import IMAGES, Location, SplitName, files_of, read_any, source_of
 from filip_vl.data.writers import text_file, write_jsonl
 from tenfold.checkpoint import atomic_file
 from tenfold.errors import UserError
@@ -20,7 +20,13 @@ from tenfold.images import load_parquet
 
 
 def filter_file(
-    path: str | Path, out: Path, rules: FilterRules | None = None, at: Location | None = None
+    path: str | Path,
+    out: Path,
+    rules: FilterRules | None = None,
+    at: Location | None = None,
+    *,
+    split: SplitName = "train",
+    threads: int = 8,
 ) -> FilterReport:
     """Filter a file, or shards, and write what is left in the same format.
 
@@ -31,21 +37,26 @@ def filter_file(
         out: see `write_kept`.
         rules: the paper's if left out.
         at: how to read `path`; its format is told by the name where left out.
+        split: of Karpathy's JSON.
+        threads: that look at images.
 
     Returns:
         How many pairs each rule dropped.
 
     Raises:
-        UserError: nothing there, nothing that can be read, or nothing left.
+        UserError: nothing there, nothing that can be read, nothing left, or `out` is what is read.
     """
     at = at or Location(source_of(path))
     if at.source == IMAGES:
         raise UserError("images without captions are nothing to filter", where=str(path))
-    pairs = read_any(path, at, "train")
-    kept, report = filter_pairs(pairs, rules)
+    files = files_of(path, at.source)
+    if out.absolute() in {place for file in map(Path, files) for place in (file, file.parent)}:
+        raise UserError("this is what is read", where=str(out), fix="write to another place")
+    pairs = read_any(path, at, split)
+    kept, report = filter_pairs(pairs, rules, threads)
     if not kept:
         raise UserError("no pair is left", where=str(path), fix="; ".join(report.lines()))
-    write_kept(files_of(path, at.source), at, pairs, kept, out)
+    write_kept(files, at, pairs, kept, out)
     return report
 
 

@@ -1,13 +1,10 @@
 """The generated pairs of `filip_vl.synthetic` as a source like any other."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from filip_vl.data.pairs import Pairs
+from filip_vl.data.pairs import Computed, Pairs
 from filip_vl.synthetic import CLASS_NAMES, PREFIXES, SIZE, scene
 
 CONTEXT_LENGTH = 24
@@ -22,9 +19,9 @@ def shape_pairs(seed: int, count: int) -> Pairs:
     """
     scenes = _Scenes(seed, count)
     return Pairs(
-        _Column(count, scenes.image),
-        _Column(count, lambda index: [scenes.caption(index)]),
-        _Column(count, lambda index: f"scene {index} of set {seed}"),
+        Computed(count, scenes.image),
+        Computed(count, lambda index: [scenes.caption(index)]),
+        Computed(count, lambda index: f"scene {index} of set {seed}"),
     )
 
 
@@ -54,19 +51,3 @@ class _Scenes:
         if index not in self._captions:
             drawn = scene(self._seed, index)
             self._images[index], self._captions[index] = drawn.image, drawn.caption
-
-
-class _Column(Sequence[Any]):
-    """A sequence whose entries are computed."""
-
-    def __init__(self, count: int, entry: Callable[[int], Any]) -> None:
-        self._numbers, self._entry = range(count), entry
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        numbers = self._numbers[index]
-        if isinstance(numbers, range):
-            return [self._entry(number) for number in numbers]
-        return self._entry(numbers)

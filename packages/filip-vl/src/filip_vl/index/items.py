@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -15,6 +15,7 @@ from numpy import ndarray
 from PIL import Image, ImageOps
 
 from filip_vl.data import Pairs, TarMember, read_source
+from filip_vl.data.pairs import Computed
 from filip_vl.synthetic import scene
 from tenfold.errors import UserError
 
@@ -196,22 +197,6 @@ def _line_ends(text: mmap.mmap | bytes, size: int) -> Int64[ndarray, " lines"]:
     return np.concatenate(ends, dtype=np.int64) if ends else np.zeros(0, dtype=np.int64)
 
 
-class _Computed(Sequence[Any]):
-    """A sequence whose entries are made when they are looked at, and not kept."""
-
-    def __init__(self, count: int, entry: Callable[[int], Any]) -> None:
-        self._numbers, self._entry = range(count), entry
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        numbers = self._numbers[index]
-        if isinstance(numbers, range):
-            return [self._entry(number) for number in numbers]
-        return self._entry(numbers)
-
-
 def scene_images(count: int, seed: int = 0) -> Pairs:
     """Generated pictures to be indexed, drawn one at a time and not kept.
 
@@ -220,7 +205,7 @@ def scene_images(count: int, seed: int = 0) -> Pairs:
         seed: of the set.
     """
     return Pairs(
-        _Computed(count, lambda index: SceneImage(seed, index)),
-        _Computed(count, lambda index: []),
-        _Computed(count, lambda index: f"scene {index} of set {seed}"),
+        Computed(count, lambda index: SceneImage(seed, index)),
+        Computed(count, lambda index: []),
+        Computed(count, lambda index: f"scene {index} of set {seed}"),
     )

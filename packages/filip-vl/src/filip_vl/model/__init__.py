@@ -3,7 +3,14 @@
 from filip_vl.model.config import CONFIGS, FilipConfig, get_config
 from filip_vl.model.filip import FilipModel
 from filip_vl.model.token_learner import TokenLearner
-from filip_vl.model.tokens import FilipOutput, TokenBatch, check_finite, crop_to_longest, first_end
+from filip_vl.model.tokens import (
+    FilipOutput,
+    NotFiniteError,
+    TokenBatch,
+    check_finite,
+    crop_to_longest,
+    first_end,
+)
 from filip_vl.model.vision import VisionTower, interpolate_positions
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "FilipConfig",
     "FilipModel",
     "FilipOutput",
+    "NotFiniteError",
     "TokenBatch",
     "TokenLearner",
     "VisionTower",

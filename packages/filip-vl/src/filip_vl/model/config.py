@@ -77,8 +77,10 @@ class FilipConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.image_size % self.patch_size:
+            nearest = nearest_sizes(self.image_size, self.patch_size)
             raise ValueError(
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: "
+                f"the nearest valid is {nearest}"
             )
         if self.act not in get_args(Activation):
             raise ValueError(f"act must be one of {', '.join(get_args(Activation))}: {self.act!r}")
@@ -112,6 +114,12 @@ class FilipConfig:
         if unknown:
             raise ValueError(f"no such field of a configuration: {', '.join(unknown)}")
         return cls(**values)
+
+
+def nearest_sizes(side: int, patch: int) -> str:
+    """The multiples of a patch around a side in pixels, such as "16 or 24"."""
+    below = side // patch * patch
+    return f"{below} or {below + patch}" if below and side % patch else str(below or patch)
 
 
 _POSITIVE = (

@@ -1,5 +1,7 @@
 """A few tokens in the place of many patches."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ class TokenLearner(nn.Module):
 
     Each of the tokens has a map over the input: LayerNorm, a grouped and a plain 1x1 convolution,
     softmax over the positions. What it averages is another grouped 1x1 convolution of the input
-    itself. No convolution has a bias, and there is no activation.
+    itself. No convolution has a bias, and there is no activation. Weights load under MindSpore's
+    names too, whose norm has gamma and beta.
 
     Source: Ryoo et al., "TokenLearner: What Can 8 Learned Tokens Do for Images and Videos?", 2021,
     in the form and with the names of the Chinese FILIP (Wukong).
@@ -36,6 +39,7 @@ class TokenLearner(nn.Module):
             nn.Conv2d(width, count, 1, bias=False),
         )
         self.feat_conv = nn.Conv2d(width, width, 1, groups=GROUPS, bias=False)
+        self.register_load_state_dict_pre_hook(_rename_norm)
 
     def forward(
         self, tokens: Float[Tensor, "batch patches width"]
@@ -54,3 +58,9 @@ def _as_image(
     tokens: Float[Tensor, "batch patches width"],
 ) -> Float[Tensor, "batch width patches 1"]:
     return tokens.transpose(1, 2).unsqueeze(-1)
+
+
+def _rename_norm(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    for theirs, ours in (("gamma", "weight"), ("beta", "bias")):
+        if f"{prefix}norm.{theirs}" in state:
+            state[f"{prefix}norm.{ours}"] = state.pop(f"{prefix}norm.{theirs}")

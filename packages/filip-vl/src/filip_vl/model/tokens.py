@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from tenfold.errors import UserError
+
 
 class TokenBatch(NamedTuple):
     """Token vectors of a batch of images or captions.
@@ -47,6 +49,10 @@ class FilipOutput(NamedTuple):
     logit_scale: Float[Tensor, ""]
 
 
+class NotFiniteError(UserError, FloatingPointError):
+    """Tokens that are not finite: of weights that diverged, or of broken pixels."""
+
+
 def check_finite(batch: TokenBatch, tower: str) -> None:
     """Refuse tokens that are not finite.
 
@@ -55,13 +61,13 @@ def check_finite(batch: TokenBatch, tower: str) -> None:
         tower: "image" or "text", for the message.
 
     Raises:
-        FloatingPointError: a token that counts is not finite; the first such row is named.
+        NotFiniteError: a token that counts is not finite; the first such row is named.
     """
     bad = ~batch.tokens.isfinite().all(-1) & batch.mask
     rows = bad.any(-1)
     if rows.any():
         row = int(rows.byte().argmax())
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"{tower} tower: {int(bad[row].sum())} of the tokens in row {row} are not finite "
             f"({int(rows.sum())} of {len(rows)} rows have such tokens)"
         )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from filip_vl.model.config import FilipConfig
+from filip_vl.model.config import FilipConfig, nearest_sizes
 from filip_vl.model.token_learner import TokenLearner
 from tenfold.attention import Transformer, TransformerBlock
 
@@ -96,7 +96,7 @@ class VisionTower(nn.Module):
         p = self.patch_size
         height, width = pixels.shape[2:]
         if height % p or width % p or not height or not width:
-            nearest = " and ".join(_nearest(side, p) for side in (height, width))
+            nearest = " and ".join(nearest_sizes(side, p) for side in (height, width))
             raise ValueError(
                 f"images of {height}x{width} pixels do not divide into patches of {p}: the "
                 f"nearest valid height and width are {nearest}"
@@ -132,11 +132,6 @@ class VisionTower(nn.Module):
         return self.ln_pre(torch.cat([cls, patches], 1))
 
 
-def _nearest(side: int, patch: int) -> str:
-    below = side // patch * patch
-    return f"{below} or {below + patch}" if below and side % patch else str(below or patch)
-
-
 def interpolate_positions(
     positions: Float[Tensor, "positions width"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Tensor, "others width"]:
@@ -147,8 +142,9 @@ def interpolate_positions(
         old: rows and columns of these.
         new: rows and columns wanted.
     """
-    image = positions[None, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)
-    # antialiasing where the grid gets smaller; it is also what open_clip and timm do
-    image = F.interpolate(image, new, mode="bicubic", align_corners=False, antialias=True)
+    dtype = torch.promote_types(positions.dtype, torch.float32)
+    image = positions[None, 1:].to(dtype).unflatten(1, old).permute(0, 3, 1, 2)
+    # as transformers' CLIPModel does it; the kernel of open_clip and timm differs (antialiasing)
+    image = F.interpolate(image, new, mode="bicubic", align_corners=False)
     patches = image.permute(0, 2, 3, 1).flatten(0, 2)
     return torch.cat([positions[:1], patches.to(positions.dtype)])

@@ -17,6 +17,7 @@ __all__ = [
     "check_vocabulary",
     "clean_caption",
     "from_json",
+    "other_layout",
 ]
 
 
@@ -50,9 +51,22 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """
     if tokenizer.vocab_size == vocab_size:
         return
+    layout = other_layout(tokenizer, vocab_size)
     fix = "give the tokenizer that the network was trained with"
-    if vocab_size == tokenizer.vocab_size + 1:
-        fix = "it may have DeCLIP's mask symbol: --tokenizer-layout declip"
     raise UserError(
-        f"the tokenizer has {tokenizer.vocab_size} ids, the network {vocab_size}", fix=fix
+        f"the tokenizer has {tokenizer.vocab_size} ids, the network {vocab_size}",
+        fix=fix if layout is None else f"{layout[1]}: --tokenizer-layout {layout[0]}",
     )
+
+
+def other_layout(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, str] | None:
+    """The layout of CLIP's ids that may be meant where one id is missing or too many, and why.
+
+    Args:
+        tokenizer: of the captions.
+        vocab_size: rows of the network's token embedding.
+    """
+    more = 0 if isinstance(tokenizer, WordTokenizer) else vocab_size - tokenizer.vocab_size
+    if more == 1:
+        return "declip", "the network may have DeCLIP's mask symbol"
+    return ("clip", "the network may lack DeCLIP's mask symbol") if more == -1 else None

@@ -68,8 +68,8 @@ class ZeroShotClassifier:
         prompts: all of them, class by class.
 
     Raises:
-        ValueError: no class, duplicate classes, no template, templates without `{}`, an option that
-            does not exist, a model without a tokenizer.
+        ValueError: no class, duplicate classes, no template, templates without `{}`, prompts
+            without a token that counts, an option that does not exist, a model without a tokenizer.
         UserError: classes or templates that are not where they should be.
     """
 
@@ -95,7 +95,12 @@ class ZeroShotClassifier:
         self.templates = read_templates(templates)[: 1 if ensemble == "none" else None]
         self.prompts = [fill(t, name) for name in self.classes for t in self.templates]
         context = model.config.context_length
-        ids = model.tokenizer.encode(self.prompts, context).ids
+        ids, lengths = model.tokenizer.encode(self.prompts, context)
+        config = model.config
+        dropped = 0 if config.pooled else int(config.drop_bos) + int(config.drop_eos)
+        empty = [p for p, n in zip(self.prompts, lengths.tolist(), strict=True) if n <= dropped]
+        if empty:
+            raise ValueError(f"prompts without a token that counts: {empty[:5]}")
         shared = self._shared(sharing, context)
         self._order = np.lexsort(ids.numpy().T[::-1])
         self._forests = []
