@@ -40,6 +40,8 @@ def run(seeds: int = 5, only: str | None = None) -> None:
         scores = parts[name](work_folder("filip-vl") / name, range(most[name]))
         results.runs[name] = {"seeds": most[name], "scores": scores}
         results.write()
+        if name == "emoji":
+            emoji.draw_searches(work_folder("filip-vl") / name)
     text = tables(results.content)
     results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     replace_block(README, "claims", text)

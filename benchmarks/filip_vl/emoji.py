@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch import seed_everything
 
 from filip_vl.alignment import candidate_scores, exchanged_attributes, share_of_first
+from filip_vl.commands.index import index
+from filip_vl.commands.search import search
 from filip_vl.data import FilipDataModule
 from filip_vl.model import FilipModel, TokenBatch
 from filip_vl.module import FilipModule
@@ -44,6 +46,11 @@ METRICS = {
     "skin_tone": "skin tone, of 5",
     "gender": "gender, of 2",
 }
+QUERIES = (
+    "woman detective medium skin tone",
+    "grinning face with smiling eyes",
+    "man with red hair",
+)
 CHANCE = {"skin_tone": 0.2, "gender": 0.5}
 
 Scores = dict[str, dict[str, list[float]]]
@@ -79,11 +86,9 @@ def compare_emoji(out: Path, seeds: Sequence[int], epochs: int = EPOCHS) -> Scor
 
 def fit(side: str, folder: Path, seed: int, epochs: int) -> tuple[FilipDataModule, FilipModel]:
     """One side's model after training; an interrupted run goes on."""
-    if "TENFOLD_DATA" not in os.environ:
-        raise UserError("no emoji", fix="set TENFOLD_DATA to the folder that holds noto-emoji")
     data = FilipDataModule(
         "parquet",
-        str(Path(os.environ["TENFOLD_DATA"]) / "noto-emoji"),
+        str(_folder()),
         train="train.parquet",
         test="test.parquet",
         context_length=TOWERS["context_length"],
@@ -102,6 +107,19 @@ def fit(side: str, folder: Path, seed: int, epochs: int) -> tuple[FilipDataModul
         silence_noise()
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     return data, module.model.cpu().eval()
+
+
+def draw_searches(out: Path) -> None:
+    """The first FILIP's index of the test pictures, and a contact sheet for each of `QUERIES`."""
+    index(ckpt=out / "filip-0", images=str(_folder() / "test.parquet"), out=out / "index")
+    for number, text in enumerate(QUERIES):
+        search(index=out / "index", text=text, k=8, out=out / f"search_{number}.png")
+
+
+def _folder() -> Path:
+    if "TENFOLD_DATA" not in os.environ:
+        raise UserError("no emoji", fix="set TENFOLD_DATA to the folder that holds noto-emoji")
+    return Path(os.environ["TENFOLD_DATA"]) / "noto-emoji"
 
 
 @torch.no_grad()

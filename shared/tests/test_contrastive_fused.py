@@ -215,6 +215,22 @@ def test_winners_kept_and_found_again_give_one_gradient(interpreted):
         same(again, kept_ones, torch.float32)
 
 
+def one_score_alone(p: Problem, which: int) -> list[np.ndarray]:
+    v, t = (x.detach().clone().requires_grad_() for x in (p.v, p.t))
+    score = late_interaction_fused(v, t)[which]
+    grads = torch.autograd.grad(score, (v, t), (p.g_i2t, p.g_t2i)[which])
+    return [x.double().numpy() for x in grads]
+
+
+@needs_triton
+@pytest.mark.parametrize(("which", "unused"), [(0, "g_t2i"), (1, "g_i2t")])
+def test_one_score_alone_has_its_gradient(interpreted, which, unused):
+    p = problem(3, 4, 5, 6, 16)
+    expected = by_hand(replace(p, **{unused: torch.zeros(3, 4)}))[4:]
+    for x, y in zip(interpreted(one_score_alone, p, which), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 @needs_triton
 def test_winners_are_kept_up_to_a_limit(interpreted):
     p = problem(3, 2, 4, 5, 16)

@@ -379,6 +379,8 @@ def test_zeroshot_refuses_what_it_cannot_classify(folder, tmp_path, capsys):
     assert "no such folder, image or table (nowhere)" in told("--images", "nowhere")
     assert "there is no class name" in told("--classes", tmp_path / "empty.txt")
     assert "more than once: 'cat'" in told("--classes", "cat,dog,Cat")
+    many = ",".join(f"kind {n}" for n in range(1000))  # longer than a path can be
+    assert "more than once: 'kind 0'" in told("--classes", f"{many},kind 0")
     assert "templates without {}" in told("--templates", tmp_path / "bare.txt")
     assert "the label '9' is no class" in told("--images", tmp_path / "wrong.csv")
     assert "--topk must be 1 or more" in told("--topk", 0)
@@ -791,6 +793,12 @@ def test_probe_learns_classes_of_images(folder, tmp_path, capsys):
     assert "no folders train and test" in line
     Image.new("RGB", (8, 8)).save(_made(tmp_path / "test" / "dog") / "a.png")
     assert "without training images: dog" in fails(capsys, *words, "--test", tmp_path / "test")
+    for name in ("a", "b"):
+        (_made(tmp_path / "bad" / name) / "x.png").write_bytes(b"no picture")
+    words_of_bad = ["--images", tmp_path / "bad", "--test", tmp_path / "bad"]
+    every = ["--max-bad-fraction", 1]
+    line = fails(capsys, "probe", "--ckpt", folder / "model", *words_of_bad, *every)
+    assert "no image can be read" in line
     assert "--l2" in fails(capsys, *words, "--l2", -1)
     words += ["--test", folder / "images", "--solver", "sgd", "--out", out]
     assert run(*words, "--lr", 1) == 0

@@ -209,6 +209,15 @@ def test_a_run_names_the_tower_and_the_row_of_tokens_that_are_not_finite(tmp_pat
         fit(made, tmp_path / "nan", memory(TEXTS, tokenizer=TOKENIZER))
 
 
+def test_evaluation_looks_for_them_after_training_as_before(tmp_path):
+    made = module()
+    fit(made, tmp_path, memory(TEXTS, tokenizer=TOKENIZER))
+    with torch.no_grad():
+        made.model.visual.proj.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="image tower"):
+        made.model.eval().encode_image(torch.zeros(1, 3, 48, 48))
+
+
 def test_a_command_tells_weights_that_are_not_finite(tmp_path, capsys):
     model = tiny()
     with torch.no_grad():

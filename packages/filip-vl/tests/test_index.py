@@ -567,6 +567,9 @@ def test_unreadable_images_are_counted_and_never_found(model, folder, tmp_path, 
         assert sorted(hit.number for hit in found) == [n for n in range(12) if n not in (5, 7)]
     with pytest.raises(UserError, match="cannot be read"):
         build_index(model, images, tmp_path / "j")  # 1 % by default
+    Image.fromarray(scene(9, 12).image).save(folder / "12.png")
+    with pytest.raises(UserError, match=r"2 of the first 13 .* more than 1\.00% of 13\b"):
+        build_index(model, read_images(folder), tmp_path / "i")  # those of before count too
 
 
 def test_no_image_at_all_is_no_index_to_search(model, folder, tmp_path):

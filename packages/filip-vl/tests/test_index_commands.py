@@ -1,6 +1,8 @@
+import io
 import re
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +14,7 @@ from filip_vl.index import TokenIndex, text_query
 from filip_vl.model import FilipModel
 from filip_vl.synthetic import scene
 from filip_vl.tokenizers import WordTokenizer
+from tenfold.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,31 @@ def test_index_refuses_in_one_line(ckpt, tmp_path, capsys):
         argv = ["index", f"--ckpt={ckpt}", f"--images={images}", f"--out={tmp_path / 'i'}"]
         assert app.main(argv) == 2
         assert line in capsys.readouterr().err
+
+
+def _png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("structs", [True, False])
+def test_images_of_parquet_files_are_shown_from_where_they_lie(ckpt, tmp_path, structs):
+    scenes = [scene(5, n).image for n in range(7)]
+    cells = [{"bytes": _png(i), "path": None} if structs else _png(i) for i in scenes]
+    folder, out = tmp_path / "data", tmp_path / "index"
+    folder.mkdir()
+    for part, rows in enumerate((slice(0, 3), slice(3, 7))):
+        table = pyarrow.table({"picture": cells[rows], "caption": ["x"] * len(cells[rows])})
+        pyarrow.parquet.write_table(table, folder / f"{part}.parquet", row_group_size=2)
+    argv = ["index", f"--ckpt={ckpt}", f"--images={folder}", f"--out={out}"]
+    for _ in range(2):  # the second time it is complete
+        assert app.main([*argv, "--image-column=picture"]) == 0
+    opened = TokenIndex.open(out)
+    assert [item.source.row for item in opened.items] == [0, 1, 2, 0, 1, 2, 3]
+    for number in (6, 0, 3, 4, 1):  # in no order
+        np.testing.assert_array_equal(np.asarray(opened.items[number].open()), scenes[number])
+    (folder / "1.parquet").rename(tmp_path / "moved.parquet")
+    with pytest.raises(UserError, match=r"cannot read the images.*1\.parquet"):
+        opened.items[5].open()
+    np.testing.assert_array_equal(np.asarray(opened.items[2].open()), scenes[2])

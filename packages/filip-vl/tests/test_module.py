@@ -82,6 +82,8 @@ def test_training_goes_on_from_a_model_folder(tmp_path):
     made = FilipModule(str(tmp_path / "folder"), lr=1e-3)
     assert differences(made.model.state_dict(), first.model.state_dict()) == ""
     assert made.model.training
+    with pytest.raises(UserError, match=r"a run, no model folder.*filip-vl export RUN"):
+        FilipModule(str(tmp_path / "a"))
     fit(made, tmp_path / "b")
     assert differences(made.model.state_dict(), first.model.state_dict()) != ""
 
@@ -139,7 +141,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 def test_a_selection_of_few_tokens_is_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         fit(module(token_fraction=0.2), tmp_path, limit_train_batches=1)
-    assert "token_fraction 0.2 keeps 7 patches and 4 words" in caplog.text
+        fit(module(token_fraction=0.5, fields={"learned_tokens": 8}), tmp_path / "learned",
+            limit_train_batches=1)  # fmt: skip
+    assert "token_fraction 0.2 keeps 7 image tokens and 4 words" in caplog.text
+    assert "token_fraction 0.5 keeps 4 image tokens and 12 words" in caplog.text
 
 
 def test_a_selection_is_a_share_of_the_context_however_short_the_captions(tmp_path):
@@ -160,6 +165,11 @@ def test_the_learning_rate_grows_with_the_batch(tmp_path):
     trainer = fit(made, tmp_path, limit_train_batches=1)
     [group, *_] = trainer.optimizers[0].param_groups
     assert group["initial_lr"] == pytest.approx(1e-3 * math.sqrt(8 / 512))
+
+
+def test_a_run_without_an_end_has_no_cosine(tmp_path):
+    with pytest.raises(UserError, match="give max_epochs or max_steps"):
+        fit(module(), tmp_path, epochs=-1)
 
 
 @pytest.mark.parametrize(

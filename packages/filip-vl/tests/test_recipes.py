@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from filip_vl.cli import app
+from filip_vl.model import FilipModel
+from filip_vl.module import FilipModule
+from tenfold.recipes import recipe_parts
 
 README = Path(__file__).parents[1] / "README.md"
 PAPER = {
@@ -49,6 +52,13 @@ def commands() -> dict[str, list[str]]:
 def test_every_recipe_has_a_command():
     assert set(commands()) == set(PAPER)
     assert set(app.recipes()) == {*PAPER, *OURS}
+
+
+def test_fine_tuning_takes_a_model_of_another_image_size(tmp_path):
+    FilipModel.from_config("filip_tiny").save_pretrained(tmp_path)
+    parts = recipe_parts("filip_vl", "retrieval-large")
+    made = FilipModule(**{**parts["model"]["init_args"], "model": str(tmp_path)})
+    assert made.model.config.image_size == parts["data"]["init_args"]["image_size"]
 
 
 @pytest.mark.parametrize("recipe", PAPER)

@@ -1,6 +1,7 @@
 """Ranks against loops over all queries and against torchmetrics, however the work is cut up."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ def batch(rows: int, length: int, seed: int, dim: int = 6) -> TokenBatch:
     mask = torch.rand(rows, length, generator=generator) < 0.7
     mask[:, 1] = True
     return TokenBatch(torch.randn(rows, length, dim, generator=generator), mask)
+
+
+def test_tokens_travel_without_the_rest_of_their_batch():
+    """Pickled, as other ranks get them, a row that is a view holds all that it is a view of."""
+    tokens = TokenSet([batch(64, 16, 0, dim=64)])
+    numbers = sum(row.numel() for row in tokens.rows)
+    assert len(pickle.dumps(tokens)) < 2 * 4 * numbers
 
 
 def s_i2t(image: TokenBatch, text: TokenBatch) -> np.ndarray:

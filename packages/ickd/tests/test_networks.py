@@ -786,7 +786,7 @@ def test_a_repository_on_the_hub(tmp_path, monkeypatch):
         )
     ]
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no model folder, model\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"model\.safetensors is missing in the repository"):
         from_pretrained("user/my-student")
 
 

@@ -176,9 +176,9 @@ class FilipModule(LightningModule):
         fraction, config = self.hparams["token_fraction"], self.model.config
         if fraction == 1 or config.pooled:
             return
-        kept = [kept_count(fraction, n) for n in (config.grid**2, config.context_length)]
+        kept = [kept_count(fraction, n) for n in (config.image_tokens, config.context_length)]
         if min(kept) < _FEW_TOKENS:
-            what = "token_fraction %g keeps %d patches and %d words, too few to tell objects apart"
+            what = "token_fraction %g keeps %d image tokens and %d words, too few for objects"
             log.warning(what, fraction, *kept)
 
     # -- training ----------------------------------------------------------------------------
@@ -199,7 +199,8 @@ class FilipModule(LightningModule):
             UserError: the loss is not finite, where no scaler skips the step.
             NotFiniteError: tokens that are not finite, looked at every 100 steps.
         """
-        self.model.check_finite = self.global_step % _LOOK == 0 and not self._scaled()
+        look = self.global_step % _LOOK == 0 and not self._scaled()
+        self.model.check_finite = True if look else None  # which looks in evaluation
         image, text, log_scale = self(batch)
         masks = image.mask, self._nominal(text.mask)
         loss = self.loss(image.tokens, text.tokens, log_scale, *masks, self._targets(batch))
@@ -254,7 +255,10 @@ class FilipModule(LightningModule):
             lr = peak_lr(given["base_lr"], self._total_batch())
         betas = None if given["betas"] is None else tuple(given["betas"])
         optimizer = make_optimizer(given["optimizer"], groups, lr, betas=betas, eps=given["eps"])
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("a cosine needs the end of the run", fix="give max_epochs or max_steps")
+        steps = max(1, int(steps))
         warmup = min(given["warmup"], steps - 1)  # of a run that is shorter
         schedule = warmup_cosine(optimizer, steps=steps, warmup=warmup, start=given["start_lr"])
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -300,8 +304,7 @@ class FilipModule(LightningModule):
         image_groups = torch.cat([groups for _, _, groups, _ in found])
         text_groups = torch.cat([groups for _, _, _, groups in found])
         ranks = retrieval_ranks(images, texts, text_groups, image_groups)
-        metrics = retrieval_metrics(ranks)
-        self.log_dict({f"{split}/{name}": value for name, value in metrics.items()})
+        self.log_dict({f"{split}/{name}": x for name, x in retrieval_metrics(ranks).items()})
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row for each image: its place, first caption, how well they fit, or an error."""
@@ -353,10 +356,9 @@ def _in_parts(encode: Callable[[Any], TokenBatch], inputs: Tensor, size: int) ->
 
 def _of_all_ranks(found: list[_Found]) -> list[_Found]:
     """What all processes gathered, rank by rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return found
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, found)
+    everything: list[Any] = [found] * ranks()[1]
+    if len(everything) > 1:
+        dist.all_gather_object(everything, found)
     return [part for rank in everything for part in rank]
 
 
@@ -394,7 +396,9 @@ def _open(name: str, fields: dict[str, Any]) -> FilipModel:
     if not path.exists():
         fix = f"name a folder, a file or one of {', '.join(CONFIGS)}"
         raise UserError(f"no such model: {name}", where="--model.model", fix=fix)
+    if path.name == LAST or (path / LAST).is_file():
+        fix = "write its model folder first: filip-vl export RUN --format safetensors --out FOLDER"
+        raise UserError(f"a run, no model folder: {name}", where="--model.model", fix=fix)
     if is_model_folder(path):
-        model = FilipModel.from_pretrained(path, image_size=fields.get("image_size"))
-        return model.train()
+        return FilipModel.from_pretrained(path, image_size=fields.get("image_size")).train()
     return FilipModel.from_clip(path, **fields)

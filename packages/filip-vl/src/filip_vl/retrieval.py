@@ -54,7 +54,8 @@ class TokenSet:
         self.rows: list[Tensor] = []
         for batch in batches:
             flat = batch.normalized()[batch.mask].to(device, dtype)
-            self.rows += flat.split(batch.mask.sum(1).tolist())
+            # a view would bring along the whole batch where it is kept, or sent to other ranks
+            self.rows += [row.clone() for row in flat.split(batch.mask.sum(1).tolist())]
 
     def __len__(self) -> int:
         return len(self.rows)

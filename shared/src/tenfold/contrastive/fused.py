@@ -247,17 +247,23 @@ class _Fused(torch.autograd.Function):
         ctx.types = image_tokens.dtype, text_tokens.dtype
         ctx.save_for_backward(v_bnd, mask_bn, *((a_bcn, b_bp) if stored else ()))
         ctx.mark_non_differentiable(*(x for x in (a_bcn, b_bp) if x is not None))
+        ctx.set_materialize_grads(False)  # zeros for the winners would be as large as they are
         return i2t_bc, t2i_bc, a_bcn, b_bp
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
+        ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         v_bnd, mask_bn, *stored = ctx.saved_tensors
         texts: _Texts = ctx.texts
         t_pd = texts.packed.tokens
-        g_i2t_bc, g_t2i_bc = grads[0].contiguous(), grads[1].contiguous()
+        g_i2t_bc, g_t2i_bc = (
+            v_bnd.new_zeros(len(v_bnd), len(texts.packed.rows), dtype=torch.float32)
+            if g is None
+            else g.contiguous()
+            for g in grads[:2]
+        )
         scale = _scale(g_i2t_bc, g_t2i_bc)
         dv_bnd = torch.zeros_like(v_bnd, dtype=torch.float32)
         dt_pd = torch.zeros_like(t_pd, dtype=torch.float32)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from filip_vl.commands.common import MAX_BAD_FRACTION, open_model
-from filip_vl.data import Location, Pairs, merge_images, read_any
-from filip_vl.data.sources import source_of
+from filip_vl.data import Location, Pairs, merge_images, parquet_cells, read_any
+from filip_vl.data.sources import files_of, source_of
 from filip_vl.index import Dtype, build_index, scene_images
 from tenfold.errors import UserError
 from tenfold.progress import span
@@ -95,4 +96,9 @@ def images_of(
     if "{" not in images and not Path(images).exists():
         raise UserError("no such file or folder", where=images)
     at = Location(source or source_of(images), root, image_column)
-    return merge_images(read_any(images, at))
+    pairs = read_any(images, at)
+    if at.source == "parquet":  # so that a search can show them
+        files = [Path(file) for file in files_of(images, at.source)]
+        cells = parquet_cells(files, image_column) if image_column else parquet_cells(files)
+        pairs = replace(pairs, images=cells)
+    return merge_images(pairs)

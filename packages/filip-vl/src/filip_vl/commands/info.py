@@ -80,7 +80,6 @@ def _facts(model: FilipModel, kind: str) -> dict[str, Any]:
     image = sum(p.numel() for p in model.visual.parameters())
     everything = sum(p.numel() for p in model.parameters())
     config = model.config
-    tokens = 1 if config.pooled else config.learned_tokens or config.grid**2 + config.include_cls
     parameters = {"image": image, "text": everything - image - 1, "all": everything}
     meta = model.logit_scale.is_meta
     return {
@@ -88,7 +87,7 @@ def _facts(model: FilipModel, kind: str) -> dict[str, Any]:
         "config": config.to_dict(),
         "parameters": parameters,
         "gmacs": giga_macs(config),
-        "image_tokens": tokens,
+        "image_tokens": config.image_tokens,
         "temperature": None if meta else 1 / float(model.scale().detach()),
         "tokenizer": _tokenizer(model.tokenizer),
         "run": None,

@@ -148,7 +148,7 @@ def frozen_features(
         max_pixels: larger images count as unreadable.
 
     Raises:
-        UserError: too many cannot be read.
+        UserError: too many cannot be read, or all of them.
     """
     values, rows, errors = [], [], {}
     options = {"batch_size": batch_size, "workers": workers, "max_pixels": max_pixels}
@@ -156,8 +156,10 @@ def frozen_features(
         errors |= part.errors
         rows += part.rows
         if part.tokens is not None:
-            values.append(part.tokens.tokens.double().mean(1).cpu())
+            values.append(part.tokens.tokens.cpu().double().mean(1))
     check_errors(errors, len(split.sources), most)
+    if not values:
+        raise UserError("no image can be read", where=next(iter(errors.values())))
     labels = torch.tensor(split.labels or ())
     return Features(torch.cat(values), labels[rows])
 

@@ -2,7 +2,7 @@
 
 from filip_vl.data.augmenting import augment_captions
 from filip_vl.data.batches import PairBatch, PairCollate, PairItem, PairItems, positives
-from filip_vl.data.decoding import TarMember, read_source
+from filip_vl.data.decoding import ParquetCell, TarMember, read_source
 from filip_vl.data.filtering import FilterReport, FilterRules, filter_pairs
 from filip_vl.data.folder import read_class_captions, read_class_folders, read_images
 from filip_vl.data.jsonl import read_jsonl
@@ -11,7 +11,7 @@ from filip_vl.data.labelled import ZERO_SHOT_SETS, read_labelled
 from filip_vl.data.memory import pairs_in_memory
 from filip_vl.data.module import FilipDataModule
 from filip_vl.data.pairs import Pairs, Record, merge_images
-from filip_vl.data.parquet import read_parquet
+from filip_vl.data.parquet import parquet_cells, read_parquet
 from filip_vl.data.plugins import load_callable
 from filip_vl.data.rewriting import filter_file, write_kept
 from filip_vl.data.shapes import shape_pairs
@@ -32,6 +32,7 @@ __all__ = [
     "PairItem",
     "PairItems",
     "Pairs",
+    "ParquetCell",
     "Record",
     "TarMember",
     "augment_captions",
@@ -42,6 +43,7 @@ __all__ = [
     "load_callable",
     "merge_images",
     "pairs_in_memory",
+    "parquet_cells",
     "positives",
     "read_any",
     "read_class_captions",

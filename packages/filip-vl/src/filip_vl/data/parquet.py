@@ -1,10 +1,13 @@
 """Parquet files with an image and a caption column."""
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filip_vl.data.pairs import Captions, Pairs, Strings
+from filip_vl.data.decoding import ParquetCell
+from filip_vl.data.pairs import Captions, Computed, Pairs, Strings
 from tenfold.errors import UserError
 from tenfold.images import Column, load_parquet
 
@@ -33,6 +36,28 @@ def read_parquet(
     )
     keys = Strings(f"{files[0].name}:{row}" for row in range(len(table)))
     return Pairs(Column(table, image_column), captions, keys)
+
+
+def parquet_cells(files: Sequence[Path], image_column: str = IMAGE_COLUMN) -> Sequence[ParquetCell]:
+    """Where the images of files lie, row by row: they can be opened later, too.
+
+    Reading them in order is fast, reading them in another one is not: a whole row group is read for
+    an image.
+
+    Args:
+        files: of `read_parquet`.
+        image_column: see there.
+    """
+    import pyarrow.parquet
+
+    counts = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
+    firsts = [0, *itertools.accumulate(counts)]
+
+    def cell(row: int) -> ParquetCell:
+        number = bisect.bisect_right(firsts, row) - 1
+        return ParquetCell(str(files[number].absolute()), row - firsts[number], image_column)
+
+    return Computed(firsts[-1], cell)
 
 
 def _texts(value: Any, where: str) -> list[str]:

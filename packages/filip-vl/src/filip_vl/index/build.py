@@ -138,13 +138,12 @@ def index_format(model: FilipModel, dtype: Dtype, token_fraction: float) -> Inde
         UserError: no such type, or a share that is none.
     """
     config = model.config
-    tokens = 1 if config.pooled else config.learned_tokens or config.grid**2 + config.include_cls
     return IndexFormat(
         checkpoint=checkpoint_hash(model),
         width=config.embed_dim,
         dtype=dtype,
         token_fraction=float(token_fraction),
-        tokens_per_image=tokens,
+        tokens_per_image=config.image_tokens,
         leading=int(config.include_cls and not config.pooled),
         preprocessing={
             "image_size": config.image_size,
@@ -190,10 +189,11 @@ def _check_same_images(folder: Path, done: Extent, images: Pairs) -> None:
 def _check_bad(batch: Sequence[_Loaded], extent: Extent, total: int, limit: float) -> None:
     if extent.skipped <= limit * total:
         return
-    last = next(item for item, _ in reversed(batch) if item.error is not None)
+    # an index that goes on may have had too many before this batch
+    broken = [f"; the last is {item.key}: {item.error}" for item, _ in batch if item.error]
     raise UserError(
         f"{extent.skipped} of the first {extent.images} images cannot be read, more than "
-        f"{limit:.2%} of {total}; the last is {last.key}: {last.error}",
+        f"{limit:.2%} of {total}{broken[-1] if broken else ''}",
         fix="raise max_bad_fraction to leave them out, or mend them and build another index",
     )
 

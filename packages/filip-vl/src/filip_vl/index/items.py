@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 from PIL import Image, ImageOps
 
-from filip_vl.data import Pairs, TarMember, read_source
+from filip_vl.data import Pairs, ParquetCell, TarMember, read_source
 from filip_vl.data.pairs import Computed
 from filip_vl.synthetic import scene
 from tenfold.errors import UserError
@@ -37,15 +37,15 @@ class Item:
 
     Attributes:
         key: what the image is called.
-        source: where it lies: the path of a file, a place in a tar file, a generated scene; None
-            where it was in memory.
+        source: where it lies: the path of a file, a place in a tar or Parquet file, a generated
+            scene; None where it was in memory.
         size: width and height in pixels, None where the image could not be read.
         grid: rows and columns of its patches, None where tokens are no patches.
         error: why it could not be read.
     """
 
     key: str
-    source: str | TarMember | SceneImage | None = None
+    source: str | TarMember | ParquetCell | SceneImage | None = None
     size: tuple[int, int] | None = None
     grid: tuple[int, int] | None = None
     error: str | None = None
@@ -55,7 +55,7 @@ class Item:
         """The item of an image that is not read yet; paths are made absolute."""
         if isinstance(source, str | Path):
             source = str(Path(source).absolute())
-        known = isinstance(source, str | TarMember | SceneImage)
+        known = isinstance(source, str | TarMember | ParquetCell | SceneImage)
         return cls(key, source if known else None)
 
     def same_image(self, other: Item) -> bool:
@@ -69,6 +69,8 @@ class Item:
                 return Path(path).name
             case TarMember(shard, name, _, _):
                 return Path(shard).name, name
+            case ParquetCell(file, row, _):
+                return Path(file).name, row
         return self.source
 
     def to_json(self) -> str:
@@ -79,6 +81,8 @@ class Item:
                 content["path"] = path
             case TarMember() as member:
                 content["member"] = [str(Path(member.shard).absolute()), *member[1:]]
+            case ParquetCell() as cell:
+                content["cell"] = list(cell)
             case SceneImage() as made:
                 content["scene"] = list(made)
         optional = {"size": self.size, "grid": self.grid, "error": self.error}
@@ -96,6 +100,8 @@ class Item:
                 pass
             case {"member": [str(shard), str(name), int(offset), int(size)]}:
                 source = TarMember(shard, name, offset, size)
+            case {"cell": [str(file), int(row), str(column)]}:
+                source = ParquetCell(file, row, column)
             case {"scene": [int(seed), int(index)]}:
                 source = SceneImage(seed, index)
             case {"key": str(_)}:

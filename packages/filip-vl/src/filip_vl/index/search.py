@@ -131,7 +131,7 @@ class TokenIndex:
         """The best images, as far as the prefilter lets them through.
 
         Args:
-            tokens: of a query, normalised: `text_query`, `image_query`.
+            tokens: of a query, normalised, on the CPU: `text_query`, `image_query`.
             k: how many.
             candidates: images whose tokens are all compared, `k` to 1,000.
 

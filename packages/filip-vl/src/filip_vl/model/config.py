@@ -99,6 +99,13 @@ class FilipConfig:
         """Patches in a row of the image in training."""
         return self.image_size // self.patch_size
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that an image has in the interaction, in training."""
+        if self.pooled:
+            return 1
+        return self.learned_tokens or self.grid**2 + int(self.include_cls)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
         return asdict(self)

@@ -55,7 +55,7 @@ def similarity_matrices(
     Raises:
         ValueError: not one for one, none, or too many pairs to be told apart.
     """
-    i2t, t2i = (s.detach().double().cpu().numpy() for s in (s_i2t, s_t2i))
+    i2t, t2i = (s.detach().cpu().double().numpy() for s in (s_i2t, s_t2i))
     check_counts(pairs=list(i2t), images=images, captions=captions)
     count = len(images)
     if count > _MOST:
