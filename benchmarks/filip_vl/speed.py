@@ -1,6 +1,5 @@
 """How fast and how lean: the loss, zero-shot scores, an index of 100,000 images."""
 
-import ctypes
 import gc
 import shutil
 import time
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.results import Results, markdown, replace_block, work_folder
+from filip_vl.commands.bench_loss import Cost, Pairs, make_pairs, measure
 from filip_vl.comparison import RECIPES, fit_recipe
 from filip_vl.index import (
     TokenIndex,
@@ -31,7 +31,6 @@ from filip_vl.index.build import index_format
 from filip_vl.index.items import Item
 from filip_vl.index.meta import IndexMeta
 from filip_vl.index.writer import IndexWriter, Rows
-from filip_vl.losses import FilipLoss
 from filip_vl.model import FilipModel, TokenBatch
 from filip_vl.synthetic import TEST_SEED, scene
 from filip_vl.tokenizers import WordTokenizer
@@ -86,62 +85,30 @@ def run(seeds: int = 1, only: str | None = None) -> None:
 
 def loss() -> dict[str, Any]:
     """Forward and backward of the loss on one thread, CPU seconds and extra memory."""
-    found = {str(batch): _both(batch) for batch in SIZES}
-    found[str(LARGE)] = {"tiled": _measure(_step("tiled", *pairs(LARGE)), 1)}
+    measure(pairs(16), "tiled")  # what a first call loads is not its cost
+    found: dict[str, Any] = {str(batch): _both(batch) for batch in SIZES}
+    found[str(LARGE)] = {"tiled": _plain(measure(pairs(LARGE), "tiled"))}
     return found
 
 
-def pairs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of a batch, and masks of captions as the web has them: 3 + Poisson(11) words."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(batch, PATCHES, DIM, generator=generator)
-    text = torch.randn(batch, WORDS, DIM, generator=generator)
-    lengths = 3 + torch.poisson(torch.full((batch,), 11.0), generator)
-    return image, text, torch.arange(WORDS) < lengths.clamp(max=WORDS)[:, None]
+def pairs(batch: int) -> Pairs:
+    """Tokens of a batch with captions as the web has them: 3 + Poisson(11) words."""
+    return make_pairs(batch, PATCHES, WORDS, 14, DIM)
 
 
 def _both(batch: int) -> dict[str, Any]:
-    given = pairs(batch)
-    runs = {impl: _measure(_step(impl, *given), 3) for impl in ("naive", "tiled")}
-    ends = [_step(impl, *given)() for impl in ("naive", "tiled")]
-    apart = [float((a - b).abs().max()) for a, b in zip(*ends, strict=True)]
-    return {**runs, "loss apart": apart[0], "gradient apart": max(apart[1:])}
+    naive, tiled = (measure(pairs(batch), impl, 3) for impl in ("naive", "tiled"))
+    apart = [(a - b).abs().max() for a, b in zip(naive.gradients, tiled.gradients, strict=True)]
+    return {
+        "naive": _plain(naive),
+        "tiled": _plain(tiled),
+        "loss apart": abs(naive.loss - tiled.loss),
+        "gradient apart": float(max(apart)),
+    }
 
 
-def _step(impl: Any, image: Tensor, text: Tensor, mask: Tensor) -> Callable[[], list[Tensor]]:
-    criterion = FilipLoss(impl=impl)
-    leaves = image.clone().requires_grad_(), text.clone().requires_grad_()
-
-    def step() -> list[Tensor]:
-        value = criterion(*leaves, 2.659, text_mask=mask)
-        return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-    return step
-
-
-def _measure(step: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Median CPU seconds, and the largest memory over what was held before."""
-    seconds, peaks = [], []
-    for _ in range(repeats):
-        before = _settle()
-        start = time.process_time()
-        step()
-        seconds.append(time.process_time() - start)
-        peaks.append(_status("VmHWM") - before)
-    return {"seconds": median(seconds), "peak_mib": median(peaks)}
-
-
-def _settle() -> float:
-    """Gives memory back, sets the high-water mark to what is held, and returns it in MiB."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+def _plain(cost: Cost) -> dict[str, float | None]:
+    return {"seconds": cost.seconds, "peak_mib": cost.mib}
 
 
 # -- zero-shot ---------------------------------------------------------------------------------
@@ -191,11 +158,13 @@ def index() -> dict[str, Any]:
     model = fit_recipe(RECIPES["FILIP"], work / "shapes" / "filip-0", steps=600)
     folder = work / "index"
     shutil.rmtree(folder, ignore_errors=True)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of what went before is forgotten
     peaks, start = {}, time.perf_counter()
     for count in (IMAGES // 10, IMAGES):
-        _settle()
         build_index(model, scene_images(count, seed=3), folder / "scenes")
-        peaks[str(count)] = _status("VmHWM")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peaks[str(count)] = next(int(x.split()[1]) / 1024 for x in lines if "VmHWM" in x)
     seconds = time.perf_counter() - start
     scenes, wide = TokenIndex.open(folder / "scenes"), _wide_index(model, folder / "wide")
     drawn = [scene(TEST_SEED, n) for n in range(QUERIES)]

@@ -84,6 +84,8 @@ def test_training_goes_on_from_a_model_folder(tmp_path):
     assert made.model.training
     with pytest.raises(UserError, match=r"a run, no model folder.*filip-vl export RUN"):
         FilipModule(str(tmp_path / "a"))
+    with pytest.raises(UserError, match=r"fields already: embed_dim \(--model\.fields\)"):
+        FilipModule(str(tmp_path / "folder"), {"embed_dim": 8, "image_size": 64})
     fit(made, tmp_path / "b")
     assert differences(made.model.state_dict(), first.model.state_dict()) != ""
 

@@ -161,8 +161,8 @@ def export_folder(model: FilipModel, folder: str | Path, *, check: bool = True) 
     model.save_pretrained(folder)
     if not check:
         return Exported(Path(folder), "safetensors", None)
-    still = copy.deepcopy(model).cpu().eval()
-    again = FilipModel.from_pretrained(folder)
+    still = copy.deepcopy(model).cpu().float().eval()
+    again = FilipModel.from_pretrained(folder).float()
     deviation = 0.0
     for tower, make in _TOWERS.items():
         apart = deviation_between(make(still), make(again), still, tower)

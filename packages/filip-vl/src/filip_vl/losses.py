@@ -55,7 +55,8 @@ class FilipLoss(nn.Module):
             each caption's "valid" words.
         distributed: contrast the pairs of all processes, by "rowblock" (exact, texts travel alone)
             or "gather" (both sides travel, two rectangular products); or "none", each its own.
-        comm_dtype: in which tokens travel between processes; "float32" sends them as they are.
+        comm_dtype: in which tokens travel between processes, and under autocast on CUDA are
+            multiplied (sums are float32 all the same); "float32" leaves them as they are.
         label_smoothing: share of the target that is spread over all.
         skip_tol: leave pairs out of the backward pass whose gradient is below this share of the
             largest; 0 leaves none out.
@@ -176,10 +177,10 @@ class FilipLoss(nn.Module):
         return [drop_small_gradients(scores, self.skip_tol) for scores in both]
 
     def _late(self, image: _Side, text: _Side) -> tuple[Tensor, Tensor]:
-        masks = image.mask, text.mask
-        return late_interaction(
-            image.tokens, text.tokens, *masks, impl=self.impl, reduce=self.reduce
-        )
+        v, t, dtype = image.tokens, text.tokens, self.comm_dtype
+        if dtype is not None and v.is_cuda and torch.is_autocast_enabled("cuda"):
+            v, t = v.to(dtype), t.to(dtype)
+        return late_interaction(v, t, image.mask, text.mask, impl=self.impl, reduce=self.reduce)
 
     def _all(self, side: _Side) -> _Side:
         """The same side of all processes; what is shorter is padded."""

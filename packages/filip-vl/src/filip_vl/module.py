@@ -303,7 +303,7 @@ class FilipModule(LightningModule):
             texts.rows += text.rows
         image_groups = torch.cat([groups for _, _, groups, _ in found])
         text_groups = torch.cat([groups for _, _, _, groups in found])
-        ranks = retrieval_ranks(images, texts, text_groups, image_groups)
+        ranks = retrieval_ranks(images, texts, text_groups, image_groups, device=self.device)
         self.log_dict({f"{split}/{name}": x for name, x in retrieval_metrics(ranks).items()})
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -400,5 +400,8 @@ def _open(name: str, fields: dict[str, Any]) -> FilipModel:
         fix = "write its model folder first: filip-vl export RUN --format safetensors --out FOLDER"
         raise UserError(f"a run, no model folder: {name}", where="--model.model", fix=fix)
     if is_model_folder(path):
+        if others := sorted(fields.keys() - {"image_size"}):
+            what = f"a model folder has its fields already: {', '.join(others)}"
+            raise UserError(what, where="--model.fields", fix="leave out all but image_size")
         return FilipModel.from_pretrained(path, image_size=fields.get("image_size")).train()
     return FilipModel.from_clip(path, **fields)

@@ -79,6 +79,7 @@ def retrieval_ranks(
     *,
     image_chunk: int = 64,
     text_chunk: int = 1024,
+    device: torch.device | str = "cpu",
 ) -> Ranks:
     """Ranks of all queries, chunk by chunk.
 
@@ -89,6 +90,7 @@ def retrieval_ranks(
         image_groups: the group of each image; by default each is a group of its own.
         image_chunk: images that are scored at a time.
         text_chunk: texts that are scored at a time.
+        device: on which they are; their tokens may be kept on another.
 
     Raises:
         ValueError: groups that do not fit, or queries that have nothing to find.
@@ -103,7 +105,7 @@ def retrieval_ranks(
         for j in columns.split(text_chunk)
         for i in rows.split(image_chunk)
     ]
-    kept = {n: _score(images, texts, t) for n, t in enumerate(tiles) if t.positive.any()}
+    kept = {n: _score(images, texts, t, device) for n, t in enumerate(tiles) if t.positive.any()}
     best = _Scores(*(torch.full((len(side),), -torch.inf) for side in (images, texts)))
     for n, found in kept.items():
         i2t, t2i = (s.masked_fill(~tiles[n].positive, -torch.inf) for s in found)
@@ -111,7 +113,7 @@ def retrieval_ranks(
         best.t2i[tiles[n].texts] = best.t2i[tiles[n].texts].maximum(t2i.amax(0))
     ranks = Ranks(*(torch.ones(len(side), dtype=torch.int64) for side in (images, texts)))
     for n, tile in enumerate(tiles):
-        i2t, t2i = kept[n] if n in kept else _score(images, texts, tile)
+        i2t, t2i = kept[n] if n in kept else _score(images, texts, tile, device)
         above = (i2t > best.i2t[tile.images, None]) & ~tile.positive
         ranks.i2t[tile.images] += above.sum(1)
         ranks.t2i[tile.texts] += ((t2i > best.t2i[tile.texts]) & ~tile.positive).sum(0)
@@ -201,8 +203,9 @@ class _Tile(NamedTuple):
 
 
 @torch.no_grad()
-def _score(images: TokenSet, texts: TokenSet, tile: _Tile) -> _Scores:
-    (v, v_mask), (t, t_mask) = images.padded(tile.images), texts.padded(tile.texts)
+def _score(images: TokenSet, texts: TokenSet, tile: _Tile, device: torch.device | str) -> _Scores:
+    v, v_mask = (x.to(device) for x in images.padded(tile.images))
+    t, t_mask = (x.to(device) for x in texts.padded(tile.texts))
     return _Scores(*(s.cpu() for s in late_interaction(v, t, v_mask, t_mask)))
 
 

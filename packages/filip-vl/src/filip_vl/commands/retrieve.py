@@ -98,9 +98,11 @@ def retrieve(
     i2t_texts = _text_tokens(model, pairs, around.i2t)
     t2i_texts = i2t_texts if around.t2i == around.i2t else _text_tokens(model, pairs, around.t2i)
     groups = torch.tensor([n for n, texts in enumerate(pairs.captions) for _ in texts])
-    ranks = retrieval_ranks(images, i2t_texts, groups)
+    where = model.logit_scale.device
+    ranks = retrieval_ranks(images, i2t_texts, groups, device=where)
     if t2i_texts is not i2t_texts:
-        ranks = Ranks(ranks.i2t, retrieval_ranks(images, t2i_texts, groups).t2i)
+        others = retrieval_ranks(images, t2i_texts, groups, device=where)
+        ranks = Ranks(ranks.i2t, others.t2i)
     metrics = retrieval_metrics(ranks)
     print(_table(metrics, len(images), len(groups)))
     tell_truncated(model, "captions")
