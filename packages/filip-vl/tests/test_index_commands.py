@@ -48,6 +48,20 @@ def test_index_and_search_print_what_they_found(index, ckpt, tmp_path, capsys):
     assert Image.open(sheet).width > 300
 
 
+def test_words_that_the_model_does_not_know_are_told(index, ckpt, tmp_path, capsys):
+    asked = "a red Giraffe, no red circle"
+    argv = ["search", f"--index={index}", f"--text={asked}", f"--out={tmp_path / 's.png'}"]
+    assert app.main(argv) == 0
+    assert capsys.readouterr().err.endswith("vocabulary, and all read alike: giraffe, no\n")
+    picture = tmp_path / "p.png"
+    Image.fromarray(scene(0, 1).image).save(picture)
+    argv = ["align", f"--ckpt={ckpt}", f"--image={picture}", f"--out={tmp_path / 'a.png'}"]
+    assert app.main([*argv, "--text=a red circle"]) == 0
+    assert "vocabulary" not in capsys.readouterr().err
+    assert app.main([*argv, "--text=a red zebra"]) == 0
+    assert "alike: zebra" in capsys.readouterr().err
+
+
 def test_search_by_a_picture(index, tmp_path, capsys):
     file = tmp_path / "asked.png"
     Image.fromarray(scene(0, 77).image).save(file)

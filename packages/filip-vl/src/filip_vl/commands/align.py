@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from filip_vl.alignment import Alignment, alignment_map, attention_map
-from filip_vl.commands.common import open_model, refused
+from filip_vl.commands.common import open_model, refused, tell_unknown
 from filip_vl.data import eval_transform, read_source
 from filip_vl.index.items import seen_part
 from filip_vl.model import FilipModel
@@ -61,6 +61,7 @@ def align(
     text = f"a photo of a {label}." if text is None else text
     picture = read_source(image, max_pixels)
     model = open_model(ckpt, tokenizer, tokenizer_layout, device)
+    tell_unknown(model, [text])
     side = model.config.image_size
     pixels = eval_transform(side)(picture).to(model.logit_scale)
     with refused(str(ckpt)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from filip_vl.index.items import open_source
 from filip_vl.model import FilipModel, TokenBatch
 from filip_vl.module import load_model
 from filip_vl.tokenizers.bpe import Layout
+from filip_vl.tokenizers.word import UNKNOWN
 from tenfold.console import at_least
 from tenfold.data import BROKEN
 from tenfold.device import pick_device
@@ -27,7 +29,7 @@ from tenfold.progress import track
 MAX_BAD_FRACTION = 0.01
 """Share of unreadable images above which a measurement stops."""
 
-_NAMED = 3  # of what is too much to name
+_NAMED, _NAMED_WORDS = 3, 10  # of what is too much to name
 
 
 # -- models ------------------------------------------------------------------------------------
@@ -71,6 +73,22 @@ def tell_truncated(model: FilipModel, what: str) -> None:
     if model.tokenizer is not None and model.tokenizer.truncated:
         context = model.config.context_length
         print(f"{model.tokenizer.truncated} {what} were cut at {context} tokens")
+
+
+def tell_unknown(model: FilipModel, texts: Iterable[str]) -> None:
+    """Print the words that the vocabulary lacks, if there are any, beside the results."""
+    tokenizer, context = model.tokenizer, model.config.context_length
+    assert tokenizer is not None
+    words: dict[str, None] = {}
+    for text in texts:
+        cleaned, spans = tokenizer.clean(text), tokenizer.spans(text, context)
+        for piece, span in zip(tokenizer.tokens(text, context), spans, strict=True):
+            if piece == UNKNOWN and span is not None and cleaned[span[0]].isalnum():
+                words[cleaned[slice(*span)]] = None
+    if words:
+        more = ", ..." if len(words) > _NAMED_WORDS else ""
+        named = ", ".join([*words][:_NAMED_WORDS]) + more
+        print(f"not in the model's vocabulary, and all read alike: {named}", file=sys.stderr)
 
 
 @contextmanager

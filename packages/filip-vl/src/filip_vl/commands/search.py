@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from filip_vl.commands.common import open_model
+from filip_vl.commands.common import open_model, tell_unknown
 from filip_vl.data import read_source
 from filip_vl.index import (
     CANDIDATES,
@@ -87,6 +87,8 @@ def search(
 
         show_page(tokens, model, host, port)
         return
+    if text is not None:
+        tell_unknown(model, [text])
     query, encoding = _timed(lambda: _query(model, text, image, max_pixels))
     hits, searching = _timed(lambda: tokens.search(query.tokens, k, candidates))
     print(_table(query, hits))

@@ -16,7 +16,13 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from filip_vl.commands.common import encode_images, open_model, refused, tell_truncated
+from filip_vl.commands.common import (
+    encode_images,
+    open_model,
+    refused,
+    tell_truncated,
+    tell_unknown,
+)
 from filip_vl.data import read_images, read_labelled
 from filip_vl.data.folder import class_name
 from filip_vl.data.table import IMAGE_COLUMN, read_rows
@@ -148,6 +154,7 @@ def zeroshot(
     read = len(found.sources) - len(errors)
     print(f"{read} images, {len(names)} classes, {len(classifier.templates)} prompts each")
     tell_truncated(model, "prompts")
+    tell_unknown(model, names)
     if errors:
         print(f"{len(errors)} images cannot be read: see the column error")
     print(f"wrote {out}")
