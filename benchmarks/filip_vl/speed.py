@@ -230,7 +230,7 @@ def tables(content: dict[str, Any]) -> str:
 def loss_table(found: dict[str, Any]) -> str:
     """Time and memory of the loss by batch."""
     rows = []
-    for batch, run in found.items():
+    for batch, run in sorted(found.items(), key=_number):
         slow, fast = run.get("naive"), run["tiled"]
         rows.append(
             [
@@ -299,3 +299,8 @@ def index_table(found: dict[str, Any]) -> str:
         "against exact scores of all images (random tokens have no neighbours to recall):\n\n"
         + markdown(head, rows)
     )
+
+
+def _number(entry: tuple[str, Any]) -> int:
+    """What entries are sorted by: JSON has no numbers as keys."""
+    return int(entry[0])

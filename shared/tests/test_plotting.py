@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from PIL import Image
 
+from tenfold.errors import UserError
 from tenfold.plotting import (
     DPI,
     FAINT,
@@ -128,7 +129,7 @@ def test_save_writes_a_png_of_the_right_size_and_the_same_bytes(tmp_path: Path) 
         assert image.format == "PNG"
         assert image.size == (5 * DPI, 3 * DPI)
     assert first.read_bytes() == second.read_bytes()
-    with pytest.raises(ValueError, match=r"written as \.png"):
+    with pytest.raises(UserError, match=r"written as \.png"):
         save(draw(), tmp_path / "a.jpg")
 
 

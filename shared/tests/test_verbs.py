@@ -109,6 +109,36 @@ def test_a_model_without_a_checkpoint_is_told(run, caplog):
     assert "untrained" in caplog.text
 
 
+@pytest.mark.parametrize("option", ["--help", "--print_config", "--model.help"])
+def test_what_only_explains_measures_nothing(run, capsys, caplog, option):
+    assert run(f"validate {option}") == 0
+    assert capsys.readouterr().out
+    assert "untrained" not in caplog.text
+
+
+def test_a_fit_that_saved_nothing_leaves_its_folder_to_the_next(run, tmp_path, monkeypatch):
+    line = "fit --config demo --trainer.default_root_dir mine"
+    monkeypatch.setenv("TOY_BUG", "1")
+    assert run(line) == 1
+    assert run(line) == 1  # another exception than "the folder holds a run", which is 2
+    monkeypatch.delenv("TOY_BUG")
+    assert run(line) == 0
+    monkeypatch.setenv("TOY_BUG", "1")
+    assert run(f"{line} --resume auto --trainer.max_epochs 9 --trainer.max_steps 9") == 1
+    assert (tmp_path / "mine" / "config.yaml").is_file()  # of the run that saved a state
+
+
+def test_a_fit_that_has_nothing_to_do_says_so(run, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("tenfold.verbs.rank_zero_info", told.append)
+    assert run("fit --config demo") == 0
+    assert told[-1] == "fit: trained; the checkpoint is runs/tenfold/demo/last.ckpt"
+    step = torch.load("runs/tenfold/demo/last.ckpt", weights_only=True)["global_step"]
+    for limit in (step - 1, step):
+        assert run(f"fit --resume auto --trainer.max_steps {limit}") == 0
+        assert f"nothing is done, the run is already at step {step}" in told[-1]
+
+
 def test_a_signal_saves_and_resume_goes_on(run, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TOY_SIGNAL_AT", "2")  # the end of an epoch
     line = "fit --config demo --trainer.max_steps 5"

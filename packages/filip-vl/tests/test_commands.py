@@ -384,6 +384,12 @@ def test_zeroshot_refuses_what_it_cannot_classify(folder, tmp_path, capsys):
     assert "templates without {}" in told("--templates", tmp_path / "bare.txt")
     assert "the label '9' is no class" in told("--images", tmp_path / "wrong.csv")
     assert "--topk must be 1 or more" in told("--topk", 0)
+    line = told("--classes", "cat")
+    assert "No such file or directory (cat)" in line
+    assert "a single name needs a comma behind it: cat," in line
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    assert "no image can be read" in told("--images", tmp_path / "broken")
     assert "is missing" in told("--device", "cuda:77")
 
 
@@ -439,6 +445,9 @@ def test_align_refuses_what_it_cannot_find(folder, tmp_path, capsys):
     assert "'red' 'ring'" in line
     assert "--label" in fails(capsys, *words, image, "--text", "a ring", "--mode", "attention")
     assert "nothing to align" in fails(capsys, *words, image)
+    assert "no words to align" in fails(capsys, *words, image, "--text", " ")
+    jpeg = [*words[:3], "--out", tmp_path / "a.jpg", "--image", image, "--label", "ring"]
+    assert "pictures are written as .png" in fails(capsys, *jpeg)
     assert "nowhere.png" in fails(capsys, *words, "nowhere.png", "--label", "ring")
     assert not (tmp_path / "a.png").exists()
 
@@ -521,6 +530,20 @@ def test_retrieve_refuses_what_is_no_set_of_pairs(folder, karpathy, tmp_path, ca
     line = fails(capsys, *words, "--data", table)
     assert "1 of 1 images cannot be read" in line
     assert "--max-bad-fraction" in line
+
+
+def test_retrieve_tells_captions_that_read_alike(folder, tmp_path, capsys):
+    names = ["a red ring", "a red ring and a zebra", "a red ring and a giraffe", "a blue cross"]
+    rows = [
+        f"{path},{text}"
+        for path, text in zip(sorted((folder / "images").rglob("*.png")), names, strict=False)
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title", *rows]))
+    words = ["--ckpt", folder / "model", "--data", tmp_path / "t.csv", "--out", tmp_path / "out"]
+    assert run("retrieve", *words) == 0
+    told = capsys.readouterr().err
+    assert "1 captions read like one of another image" in told
+    assert "zebra, giraffe" in told
 
 
 # -- data --------------------------------------------------------------------------------------
@@ -721,6 +744,12 @@ def test_augment_text_adds_what_the_function_gives(tmp_path, capsys, monkeypatch
     assert ".jsonl" in fails(capsys, *words, "out.tsv")
     words[3] = "commands_plugin:quiet"
     assert "'quiet'" in fails(capsys, *words, "out.jsonl")
+    Path("commands_plugin_2.py").write_text("def broken(texts):\n    raise KeyError('oh')\n")
+    words[3] = "commands_plugin_2:broken"
+    line = fails(capsys, *words, "new.jsonl")
+    assert "the function raised KeyError: 'oh', for ['a dog', 'a cat']" in line
+    assert "(commands_plugin_2:broken)" in line
+    assert not Path("new.jsonl").exists()
     sys.modules.pop("commands_plugin")
 
 

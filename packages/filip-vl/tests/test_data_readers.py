@@ -110,7 +110,8 @@ def test_table_keeps_lines_of_a_quoted_caption_and_short_rows(root):
     ("content", "told"),
     [
         (b"path\ttitle\n1.png\ta\n", "column filepath missing; there are path, title"),
-        (b"", "column filepath, title missing; there are none"),
+        (b"", "the file is empty"),
+        (b"\n", "column filepath, title missing; there are none"),
         (b"filepath\ttitle\n", "the table has no row"),
         (b"filepath\ttitle\n1.png\t\xff\n", "not a table in UTF-8"),
     ],
@@ -242,7 +243,7 @@ def test_parquet(tmp_path, plain):
     check_all(read_parquet([file]), [f"train-0.parquet:{n}" for n in range(3)])
     with pytest.raises(UserError, match="column text missing; there are image, caption") as error:
         read_parquet([file], caption_column="text")
-    assert "--data.image_column and --data.caption_column" in str(error.value)
+    assert str(error.value).endswith("name yours with image_column and caption_column")
 
 
 def test_parquet_of_several_captions(tmp_path):
@@ -307,8 +308,40 @@ def test_files_of_a_split(root):
     assert len(read_split(at, "val")) == 1
     assert read_split(at, "test") is None
     assert len(read_split(at, "test", "validation.csv")) == 1
-    with pytest.raises(UserError, match=r"no train2.tsv \(.*expected .*train.tsv"):
-        read_split(at, "train", "train2.tsv")
+
+
+@pytest.mark.parametrize("name", ["pairs.tsv", "pa*.tsv"])
+def test_a_named_file_is_looked_for_in_the_root_then_in_the_current_folder(root, monkeypatch, name):
+    monkeypatch.chdir(root)
+    at = Location("csv", Path("images"))
+    with pytest.raises(UserError) as error:
+        read_split(at, "train", name)
+    assert str(error.value) == f"no such file (images/{name} or {name})"
+    rows = [[f"{n}.png", text] for n, text in enumerate(CAPTIONS)]
+    write_rows(root / "pairs.tsv", [["filepath", "title"], *rows])
+    check_all(read_split(at, "train", name))
+    write_rows(root / "images" / "pairs.tsv", [["filepath", "title"], *rows[:1]])
+    assert len(read_split(at, "train", name)) == 1
+    assert len(read_split(at, "train", str(root / "pairs.tsv"))) == 3
+    with pytest.raises(UserError, match=rf"^no such file \({root}/none.tsv\)$"):
+        read_split(at, "train", str(root / "none.tsv"))
+
+
+def test_an_unknown_source_is_told_with_the_known_ones():
+    with pytest.raises(UserError, match=r"no source 'tfds': choose one of csv, jsonl, .*, images$"):
+        Location("tfds")
+
+
+def test_images_of_files_that_have_no_captions(root):
+    file = write_rows(root / "t.tsv", [["filepath"], *([f"images/{n}.png"] for n in range(3))])
+    whole = {"image": [(root / "images" / f"{n}.png").read_bytes() for n in range(3)]}
+    datasets.Dataset.from_dict(whole).to_parquet(str(root / "t.parquet"))
+    for path, source in ((file, "csv"), (root / "t.parquet", "parquet")):
+        with pytest.raises(UserError, match="missing"):
+            read_any(path, Location(source))
+        pairs = read_any(path, Location(source, captions=False))
+        assert [*pairs.captions] == [[], [], []]
+        assert all(same_pixels(record.image, number) for number, record in enumerate(pairs))
 
 
 def test_splits_of_karpathy_that_are_not_there(tmp_path):

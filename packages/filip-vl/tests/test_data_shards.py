@@ -103,6 +103,17 @@ def test_ranges_lists_and_wild_cards(tmp_path):
             expand_shards(absent, tmp_path)
 
 
+def test_shards_are_looked_for_in_the_root_then_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("root").mkdir()
+    for name in ("0.tar", "1.tar", "root/1.tar"):
+        Path(name).touch()
+    assert expand_shards("{0..1}.tar", Path("root")) == ["0.tar", "root/1.tar"]
+    assert expand_shards("[01].tar", Path("root")) == ["root/1.tar"]
+    with pytest.raises(UserError, match=r"no such shard \(root/2.tar or 2.tar\)"):
+        expand_shards("{0..2}.tar", Path("root"))
+
+
 # ---- the map
 
 

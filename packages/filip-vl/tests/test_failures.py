@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from filip_vl.cli import app
-from filip_vl.data import FilipDataModule, pairs_in_memory, write_shards
+from filip_vl.data import FilipDataModule, eval_transform, pairs_in_memory, write_shards
 from filip_vl.data.bad_items import PairBadItems
 from filip_vl.data.shapes import shape_vocabulary
 from filip_vl.losses import FilipLoss
 from filip_vl.model import FilipModel, get_config
-from filip_vl.module import FilipModule
+from filip_vl.module import FilipModule, load_model
 from filip_vl.retrieval import TokenSet, retrieval_ranks
 from filip_vl.synthetic import scene
 from filip_vl.tokenizers import BPETokenizer, WordTokenizer
@@ -112,6 +112,11 @@ def test_fit_drops_empty_captions_with_a_count_and_strict_names_file_and_row(
     line = fails(capsys, *words)
     assert "empty caption in train (train.tsv:10)" in line  # behind the header and eight rows
     assert "--data.strict" in line
+
+
+def test_a_table_of_empty_captions_alone_is_named(tmp_path, capsys):
+    words = table(tmp_path, ["", " ", "\u3000"])
+    assert "every caption of train is empty (from train.tsv:2 on)" in fails(capsys, *words)
 
 
 # ---- captions that are too long
@@ -274,6 +279,27 @@ def test_clips_ids_for_a_network_of_declip_name_both_sizes_and_the_layout(tmp_pa
     network = FilipModel.from_config("filip_tiny", vocab_size=49_408)
     with pytest.raises(UserError, match=r"49409 ids, the network 49408: .*--tokenizer-layout clip"):
         network.tokenizer = BPETokenizer(many_merges(), layout="declip")
+
+
+def test_a_checkpoint_serves_where_its_training_data_are_not(tmp_path):
+    assert app.main([str(word) for word in table(tmp_path, [*TEXTS, *TEXTS])]) == 0
+    texts = ["a red cross", "a green ring", "a purple square"]  # a word that no vocabulary has
+    lines = ["filepath\ttitle", *(f"{n}.png\t{text}" for n, text in enumerate(texts))]
+    (tmp_path / "own.tsv").write_text("\n".join(lines))
+    (tmp_path / "train.tsv").unlink()
+    words = ["--ckpt", tmp_path / "run", "--data.source", "csv", "--data.root", tmp_path, *QUIET]
+    for verb, split in (("validate", "val"), ("test", "test"), ("predict", "predict")):
+        given = [verb, *words, f"--data.{split}", tmp_path / "own.tsv"]
+        assert app.main([str(word) for word in given]) == 0
+    with (tmp_path / "run" / "predict" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    model = load_model(tmp_path / "run")
+    images = torch.stack([eval_transform(48)(Image.open(tmp_path / f"{n}.png")) for n in range(3)])
+    v, t = model.encode_image(images), model.encode_text(texts)
+    for n, row in enumerate(rows):
+        s = v.normalized()[n] @ t.normalized()[n][t.mask[n]].T
+        assert float(row["s_i2t"]) == pytest.approx(float(s.amax(1).mean()), abs=1e-5)
+    assert [row["caption"] for row in rows] == texts
 
 
 # ---- sizes that are no multiple of the patch

@@ -135,6 +135,17 @@ def test_a_model_that_is_gone_or_another_is_told(ckpt, tmp_path, capsys):
     assert "another checkpoint" in capsys.readouterr().err
 
 
+def test_search_compares_as_many_as_it_shows(index, tmp_path, capsys):
+    argv = ["search", f"--index={index}", "--text=a red circle", f"--out={tmp_path / 's.png'}"]
+    assert app.main([*argv, "-k", "310"]) == 0  # there are 300
+    assert capsys.readouterr().out.count("scene ") == 300
+    assert app.main([*argv, "-k", "2", "--candidates", "1000"]) == 0
+    assert "300 images in" in (told := capsys.readouterr().out)
+    assert ": 300 by their mean token" in told
+    assert app.main([*argv[:3], f"--out={tmp_path / 's.pdf'}"]) == 2
+    assert "written as .png" in capsys.readouterr().err
+
+
 def test_index_refuses_in_one_line(ckpt, tmp_path, capsys):
     for images, line in (
         ("shapes:none", "no number of generated pictures"),
@@ -159,7 +170,7 @@ def test_images_of_parquet_files_are_shown_from_where_they_lie(ckpt, tmp_path, s
     folder, out = tmp_path / "data", tmp_path / "index"
     folder.mkdir()
     for part, rows in enumerate((slice(0, 3), slice(3, 7))):
-        table = pyarrow.table({"picture": cells[rows], "caption": ["x"] * len(cells[rows])})
+        table = pyarrow.table({"picture": cells[rows]})
         pyarrow.parquet.write_table(table, folder / f"{part}.parquet", row_group_size=2)
     argv = ["index", f"--ckpt={ckpt}", f"--images={folder}", f"--out={out}"]
     for _ in range(2):  # the second time it is complete

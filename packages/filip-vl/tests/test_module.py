@@ -40,6 +40,13 @@ def fit(made: FilipModule, folder: Path, *callbacks: Callback, data=None, epochs
     return trainer
 
 
+def test_sizes_that_do_not_fit_are_told_together(tmp_path):
+    told = "captions of up to 40 ids .* of 24; images of 64 pixels, and a model of 48: "
+    with pytest.raises(UserError, match=told) as error:
+        fit(module(), tmp_path, data=pairs(context_length=40, image_size=64))
+    assert str(error.value).endswith(": give --data.context_length 24 --data.image_size 48")
+
+
 def test_towers_that_encode_in_parts_have_the_same_gradient():
     data = pairs()
     data.setup("fit")

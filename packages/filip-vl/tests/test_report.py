@@ -8,18 +8,20 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
 from filip_vl import report, synthetic
 from filip_vl.alignment import Alignment, Word
+from filip_vl.comparison import METRICS
 from filip_vl.report.common import (
     CLASS_WORD,
     CLIP,
     FILIP,
     RIGHT,
     WRONG,
+    middle_cut,
     pixels,
     short,
     word_colors,
@@ -64,6 +66,13 @@ def frames(ax: Axes) -> list[tuple[tuple[float, float], tuple[float, ...]]]:
     return [(patch.get_xy(), to_rgba(patch.get_edgecolor())) for patch in found]
 
 
+def told(fig: Figure) -> dict[str, Patch]:
+    """What the legend under a figure explains."""
+    (legend,) = fig.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    return dict(zip(names, legend.get_patches(), strict=True))
+
+
 def photo(height: int = 32, width: int = 48, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
@@ -87,11 +96,23 @@ def test_texts_are_cut_between_words():
     assert short("a red ring", 10) == "a red ring"
     assert short("a red ring and a cross", 12) == "a red ring \N{HORIZONTAL ELLIPSIS}"
     assert short("x" * 20, 6) == "xxxxx\N{HORIZONTAL ELLIPSIS}"
-    lines = wrapped(LONG, 20, 3).split("\n")
-    assert len(lines) == 3
-    assert max(map(len, lines)) <= 20
-    assert lines[-1].endswith("\N{HORIZONTAL ELLIPSIS}")
+    for text in (LONG, LONG.replace(" ", ""), "x " * 90):
+        for count in (1, 2, 3):
+            lines = wrapped(text, 20, count).split("\n")
+            assert len(lines) == count
+            assert max(map(len, lines)) <= 20
     assert word_colors(11)[0] == word_colors(11)[10]
+
+
+def test_what_is_too_long_keeps_both_of_its_ends():
+    dots = "\N{HORIZONTAL ELLIPSIS}"
+    assert middle_cut("a red ring", 10) == "a red ring"
+    assert middle_cut("one two three four five six", 17) == f"one two {dots} six"
+    assert middle_cut("one two three four five six", 19) == f"one two {dots} five six"
+    assert middle_cut("x" * 20 + "y" * 20, 9) == f"xxx {dots} yyy"
+    one, other = (wrapped(f"{LONG} {LONG} a red {end}", 33, 4) for end in ("ring", "cross"))
+    assert one.endswith("ring")
+    assert other.endswith("cross")
 
 
 def test_save_all_writes_pngs(tmp_path):
@@ -117,12 +138,15 @@ def test_the_index_of_every_patch_is_written():
         assert int(text.get_text()) == index
         assert (text.get_color() == CLASS_WORD) == (index == 2)
         assert (dark[row, column] == 0) == (index == 2)
-    assert "red: bb1" in texts(ax)
+    (label,) = [text for text in ax.texts if text.get_text() == "label: bb1"]
+    assert label.get_color() == CLASS_WORD
     listed = texts(titled(fig, "Words"))
     assert all(name in listed for name in found.strings)
     counts = np.bincount(found.index.flatten(), minlength=7)
     assert all(str(count) in listed.split("\n") for count in counts if count)
     check_tidy(fig)
+    tops = {round(one.get_window_extent().y1) for one in fig.axes}
+    assert len(tops) == 1  # the headings are at one height
 
 
 def test_without_a_label_nothing_is_darker():
@@ -142,14 +166,48 @@ def test_many_patches_and_words_find_room(rows, columns):
     check_tidy(fig)
 
 
-def test_heat_is_laid_over_the_image():
+def drawn_colors(fig: Figure) -> np.ndarray:
+    fig.canvas.draw()
+    return np.asarray(fig.canvas.buffer_rgba())[..., :3]
+
+
+def test_the_colours_of_heat_are_those_of_its_bar():
     maps = {"similarity": alignment().similarity, "attention": torch.rand(6, 6) / 100}
     fig = report.heat_maps(photo(), maps, "Where it looks")
-    for name, heat in maps.items():
-        shown = titled(fig, name).images[1].get_array()
-        np.testing.assert_allclose(shown, heat, atol=1e-6)
     check_tidy(fig)
-    check_tidy(report.heat_maps(photo(64, 32), {"constant": torch.zeros(2, 2)}))
+    colors = drawn_colors(fig)
+    for name, heat in maps.items():
+        ax = titled(fig, name)
+        np.testing.assert_allclose(ax.images[0].get_array(), heat, atol=1e-6)
+        (bar,) = ax.child_axes
+        panel, wide = ax.get_window_extent(), bar.get_window_extent()
+        assert (wide.x0, wide.x1) == pytest.approx((panel.x0, panel.x1))
+        low, high = float(heat.min()), float(heat.max())
+        labels = [label.get_text().replace(MINUS, "-") for label in bar.get_xticklabels()]
+        assert len(set(labels)) == 5
+        np.testing.assert_allclose(
+            np.array(labels, float), np.linspace(low, high, 5), atol=0.06 * (high - low)
+        )
+        y = len(colors) - int((wide.y0 + wide.y1) / 2)
+        for (row, column), value in np.ndenumerate(heat.numpy()):
+            for inside in (0.25, 0.75):  # one colour over all of a patch
+                x = panel.x0 + panel.width * (column + inside) / 6
+                down = panel.y1 - panel.height * (row + inside) / 6
+                patch = colors[len(colors) - int(down), int(x)]
+                place = (float(value) - low) / (high - low)
+                along = wide.x0 + place * wide.width
+                in_bar = colors[y, int(np.clip(along, wide.x0 + 2, wide.x1 - 2))]
+                np.testing.assert_allclose(patch.astype(int), in_bar.astype(int), atol=12)
+
+
+def test_heat_of_other_shapes():
+    fig = report.heat_maps(photo(64, 32), {"constant": torch.zeros(2, 2)})
+    assert len(titled(fig, "constant").child_axes[0].get_xticks()) == 1
+    check_tidy(fig)
+    check_tidy(report.heat_maps(photo(128, 32), {"tall": torch.rand(8, 2) / 1000}))
+    check_tidy(
+        report.heat_maps(photo(20, 90), {"wide": torch.rand(2, 9), "more": torch.rand(2, 9)})
+    )
     with pytest.raises(ValueError, match="no maps"):
         report.heat_maps(photo(), {})
 
@@ -161,7 +219,7 @@ def test_every_word_has_a_strip_and_its_best_patch(words):
     for n, word in enumerate(found.words):
         ax = titled(fig, word.text)
         heat = found.word_maps[n].numpy()
-        np.testing.assert_allclose(ax.images[1].get_array(), heat, atol=1e-6)
+        np.testing.assert_allclose(ax.images[0].get_array(), heat, atol=1e-6)
         row, column = np.unravel_index(heat.argmax(), heat.shape)
         assert frames(ax)[0][0] == (column, row)
         assert ax.get_xlabel() == f"{heat.max():.2f}".replace("-", MINUS)
@@ -200,6 +258,9 @@ def test_matrices_mark_what_was_chosen(count):
         assert found == want
     for ax in (rows, columns):
         assert f"{count - 1} of {count} right" in texts(ax)
+    named = told(fig)
+    assert to_rgba(named["chosen, and right"].get_edgecolor()) == to_rgba(RIGHT)
+    assert to_rgba(named["chosen, but of another pair"].get_edgecolor()) == to_rgba(WRONG)
     check_tidy(fig)
 
 
@@ -229,10 +290,16 @@ def test_bars_add_up_to_the_score():
     for column, ax in enumerate(panels):  # what beats the other hit stands out
         best = drawn[column] >= drawn.max(0)
         assert [to_rgba(FILIP) == bar.get_facecolor() for bar in ax.patches] == best.tolist()
+    named = told(fig)
+    assert to_rgba(named["the largest share of this word"].get_facecolor()) == to_rgba(FILIP)
+    faint = named["another image has a larger one"].get_facecolor()
+    assert {bar.get_facecolor() for ax in panels for bar in ax.patches} == {to_rgba(FILIP), faint}
     assert f"{MINUS}4.00" in texts(panels[1])
     assert f"s\u1d40 = {found[0].s_t2i:.3f}" in texts(titled(fig, "the hit"))
     check_tidy(fig)
-    check_tidy(report.contribution_bars([photo()], found[:1]))
+    alone = report.contribution_bars([photo()], found[:1])
+    assert not alone.legends  # nothing to compare with
+    check_tidy(alone)
     check_tidy(report.contribution_bars([photo()], [alignment(words=40)]))
     with pytest.raises(ValueError, match="different captions"):
         report.contribution_bars([photo()] * 2, [found[0], alignment(words=3)])
@@ -304,6 +371,33 @@ def test_contact_sheets_of_other_sizes(count, shape):
         report.contact_sheet(words[1:], hits)
 
 
+def test_a_contact_sheet_begins_with_the_picture_looked_for():
+    hits = [report.Hit(SCENES[n].image, 0.5, (6, 6), []) for n in range(1, 8)]
+    fig = report.contact_sheet([], hits, heading="Like it", picture=SCENES[0].image)
+    first, *others = [ax for ax in fig.axes if ax.images]
+    np.testing.assert_allclose(first.images[0].get_array(), pixels(SCENES[0].image))
+    assert first.get_xlabel() == "looked for"
+    assert len(others) == 7
+    np.testing.assert_allclose(others[0].images[0].get_array(), pixels(SCENES[1].image))
+    assert [bool(frames(ax)) for ax in (first, *others)] == [True] + 7 * [False]
+    assert not any(ax.texts for ax in fig.axes)
+    check_tidy(fig)
+    with pytest.raises(ValueError, match="no words"):
+        report.contact_sheet([], hits)
+
+
+def test_a_contact_sheet_of_many_hits_shows_the_best():
+    hits = [report.Hit(photo(4, 4, n), 1 - n / 1000, (1, 1), [(0, 0)]) for n in range(61)]
+    fig = report.contact_sheet(["ring"], hits[:60], heading="Search: ring")
+    assert fig.get_suptitle() == "Search: ring"
+    fig = report.contact_sheet(["ring"], hits * 20, heading="Search: ring")
+    assert fig.get_suptitle() == "Search: ring (the best 60 of 1,220)"
+    shown = [ax for ax in fig.axes if ax.images]
+    assert len(shown) == 60
+    assert shown[-1].get_xlabel() == "0.941"
+    check_tidy(fig)
+
+
 # -- runs -----------------------------------------------------------------------------------------
 
 
@@ -330,6 +424,24 @@ def test_curves_of_two_runs():
     (drawn,) = [line for line in recall.lines if line.get_label() == "CLIP, text to image"]
     np.testing.assert_allclose(drawn.get_ydata(), [100 * n / 140 for n in range(0, 100, 20)])
     check_tidy(fig)
+
+
+def test_no_curve_is_hidden_or_cut_off():
+    rows = [
+        {"step": n, "train/loss": 4.1 - 0.01 * n, "train/temperature": 0.07, "val/i2t_r1": 1.0}
+        for n in range(8)
+    ]
+    fig = report.training_curves({"FILIP": rows, "CLIP": rows, "DeCLIP": rows})
+    check_tidy(fig)
+    for ax in fig.axes:
+        highest = max(line.get_ydata().max() for line in ax.lines if line.get_marker() == "o")
+        (_, top), (_, edge) = (ax.transData.transform((0, y)) for y in (highest, ax.get_ylim()[1]))
+        assert edge - top > fig.dpi / 72 * 5  # more than half a marker
+    lines = titled(fig, "Temperature").lines[:3]
+    assert lines[0].get_linestyle() == "-"
+    assert all(line.get_linestyle() == "--" for line in lines[1:])  # gaps show what lies below
+    widths = [line.get_linewidth() for line in lines]
+    assert widths[0] > widths[1] > widths[2]
 
 
 def test_curves_of_little():
@@ -359,7 +471,7 @@ def test_bars_have_means_and_seeds():
     (chance, _) = [line for line in ax.lines if line.get_marker() == ""]
     np.testing.assert_allclose(chance.get_ydata(), [50, 50])
     assert "each of 2 seeds" in texts(ax)
-    assert {"70", "98"} <= set(texts(ax).split("\n"))
+    assert {"70.0", "98.5", "12.5"} <= set(texts(ax).split("\n"))
     check_tidy(fig)
     single = {name: {m: v[:1] for m, v in rows.items()} for name, rows in SCORES.items()}
     fig = report.comparison_bars(single)
@@ -368,6 +480,38 @@ def test_bars_have_means_and_seeds():
     for bad in ({}, {**SCORES, "SLIP": {"R@1": [0.1]}}, {"FILIP": {"R@1": []}}):
         with pytest.raises(ValueError, match=r"no networks|different metrics|without values"):
             report.comparison_bars(bad)
+
+
+@pytest.mark.parametrize("networks", [1, 2, 3])
+def test_metrics_keep_their_words_together(networks):
+    scores = {str(n): {name: [1.0] for name in METRICS.values()} for n in range(networks)}
+    fig = report.comparison_bars(scores)
+    (ax,) = fig.axes
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert [" ".join(label.split()) for label in labels] == list(METRICS.values())
+    assert max(label.count("\n") for label in labels) == 1
+    check_tidy(fig)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "labels"),
+    [
+        (1.0, ["50", "100", "200", "500"]),
+        (0.06, ["1,000", "1,500", "2,000", "3,000", "5,000"]),
+        (0.07, ["500", "1,000", "2,000", "5,000"]),
+    ],
+)
+def test_a_log_axis_has_several_labels(seconds, labels):
+    costs = [report.Cost(64, seconds, 2**20), report.Cost(256, seconds, 2**50)]
+    fig = report.cost_curves({"tiled": costs})
+    speed, memory = titled(fig, "Throughput"), titled(fig, "Peak memory")
+    assert [label.get_text() for label in speed.get_yticklabels()] == labels
+    assert [float(label.replace(",", "")) for label in labels] == speed.get_yticks().tolist()
+    low, high = speed.get_ylim()
+    assert low < 64 / seconds < 256 / seconds < high
+    assert len(memory.get_yticks()) == 11  # a power of ten each
+    check_tidy(fig)
+    check_tidy(report.cost_curves({"tiled": [report.Cost(8, 1.0, 0)]}))
 
 
 def test_costs_are_throughput_and_mebibytes():

@@ -411,7 +411,7 @@ def load_parquet(files: list[str], *, image: str, **columns: str) -> "datasets.D
         raise UserError(
             f"column {', '.join(absent)} missing; there are {', '.join(table.column_names)}",
             where=files[0],
-            fix="name yours with " + " and ".join(f"--data.{option}_column" for option in wanted),
+            fix="name yours with " + " and ".join(f"{option}_column" for option in wanted),
         )
     try:
         return table.cast_column(image, datasets.Image(decode=False))

@@ -96,6 +96,11 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] (set by a connector)
 
 
+def kept_state(trainer: Trainer) -> Path | None:
+    """The state that a fit can be resumed from; None if it kept none, or has not begun."""
+    return next((c.kept for c in _callbacks(trainer) if isinstance(c, Resumable)), None)
+
+
 class StopOnBadLoss(Callback):
     """Ends training when the loss stays NaN or infinite; `Resumable` keeps the last good state.
 
@@ -142,7 +147,7 @@ class StopOnBadLoss(Callback):
         return good
 
     def _stop(self, trainer: Trainer, what: str) -> None:
-        kept = next((c.kept for c in _callbacks(trainer) if isinstance(c, Resumable)), None)
+        kept = kept_state(trainer)
         saved = f"the last good state is {kept}" if kept else "no good state was saved"
         raise UserError(
             f"{what} from step {self._since} to {trainer.global_step}; {saved}",

@@ -34,7 +34,15 @@ from tenfold.cli import VERBS, App, cause, load, parse_error, underscored
 from tenfold.errors import UserError
 from tenfold.predictions import PredictionTable
 from tenfold.progress import PlainProgress, on_terminal
-from tenfold.training import CLASSES, LAST, Resumable, StepSeed, StopOnBadLoss, resume_path
+from tenfold.training import (
+    CLASSES,
+    LAST,
+    Resumable,
+    StepSeed,
+    StopOnBadLoss,
+    kept_state,
+    resume_path,
+)
 
 CONFIG = "config.yaml"
 DEFAULT = "demo"  # the recipe where none is named
@@ -68,11 +76,15 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
         check_folder(run.folder)
         cli = VerbCLI(app, verb, run)
         options = {"return_predictions": False} if verb == "predict" else {}
+        if verb != "fit" and run.checkpoint is None:
+            log.warning("no --ckpt: the model is measured as it was built, untrained")
         rank_zero_info(f"{verb}: files go to {run.folder}")
         work = getattr(cli.trainer, verb)
         work(cli.model, datamodule=cli.datamodule, ckpt_path=run.checkpoint, **options)
-        if verb == "fit":
+        if verb == "fit" and kept_state(cli.trainer):
             rank_zero_info(f"fit: trained; the checkpoint is {run.folder / LAST}")
+        elif verb == "fit":
+            rank_zero_info(f"fit: nothing is done, the run is already at {_stand(cli.trainer)}")
     except argparse.ArgumentError as error:
         raise parse_error(error, f"{app.name} {verb}") from error
     except MisconfigurationException as error:
@@ -86,6 +98,10 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
         what = textwrap.shorten(str(error), 300)
         raise UserError("the checkpoint is of another model or optimizer", fix=what) from error
     return 0
+
+
+def _stand(trainer: Trainer) -> str:
+    return f"step {trainer.global_step} (epoch {trainer.current_epoch})"
 
 
 def check_folder(folder: Path) -> None:
@@ -129,8 +145,6 @@ def plan_run(app: App, verb: str, argv: list[str]) -> Run:
         goes_on = verb == "fit" and (default or typed.checkpoint == "auto" or not recipes)
         recipes += [path for path in [folder / CONFIG] if goes_on and path.is_file()]
         default = []
-    elif verb != "fit":
-        log.warning("no --ckpt: the model is measured as it was built, untrained")
     recipes = recipes or default
     saved = _saved_arguments(app, checkpoint) if checkpoint else {}
     configs = [saved.get("data"), *recipes, saved.get("model")]
@@ -229,7 +243,7 @@ class RunConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.folder = folder
+        self.folder, self.written = folder, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Too early: a run that never trains leaves no folder that looks used."""
@@ -240,6 +254,14 @@ class RunConfig(SaveConfigCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / CONFIG
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+            self.written = True
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Nor does a run that fails before it saves a state."""
+        if self.written and kept_state(trainer) is None:
+            (self.folder / CONFIG).unlink(missing_ok=True)
 
 
 class VerbCLI(LightningCLI):

@@ -114,6 +114,8 @@ def compare_shapes(
             if found.get(key, {}).keys() >= METRICS.keys():
                 continue
             _keep(out, found | {key: {"steps": wanted}})
+            if progress:
+                print(f"{side}, seed {seed}: {wanted} steps")
             options = {"accelerator": accelerator, "progress": progress}
             model = fit_recipe(recipe, out / key, seed, steps=wanted, **options)
             found[key] = {"steps": wanted, **score_shapes(model)}

@@ -142,7 +142,7 @@ class FilipLoss(nn.Module):
             text_mask = _cropped(text_mask, text_tokens.shape[1])
         if not self.mask_padding:
             image_mask = text_mask = None
-        elif text_mask is not None and self.token_fraction == 1:
+        elif text_mask is not None and self.token_fraction == 1 and self.impl != "naive":
             longest = int(text_mask.any(0).cumsum(0).argmax()) + 1  # what nobody needs is left out
             text_tokens, text_mask = text_tokens[:, :longest], text_mask[:, :longest]
         image, text = _side(image_tokens, image_mask), _side(text_tokens, text_mask)

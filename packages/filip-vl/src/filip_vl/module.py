@@ -148,18 +148,37 @@ class FilipModule(LightningModule):
             UserError: the data's ids or images are not the model's.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(data, "tokenizer", None)
-        if tokenizer is not None:
-            self._take(tokenizer)
-        context, size = self.model.config.context_length, self.model.config.image_size
-        if getattr(data, "context_length", context) > context:
-            what = f"captions of up to {data.context_length} ids do not fit a context of {context}"
-            raise UserError(what, fix=f"give --data.context_length {context}")
-        if getattr(data, "image_size", size) != size:
-            what = f"images of {data.image_size} pixels, and a model of {size}"
-            raise UserError(what, fix=f"give --data.image_size {size}")
+        if not self._may_be_restored(stage):
+            self._take_of_data()
+        self._check_sizes(data)
         if stage == "fit":
             self._warn_of_few_tokens()
+
+    def _check_sizes(self, data: Any) -> None:
+        context, size = self.model.config.context_length, self.model.config.image_size
+        wrong = {}
+        if getattr(data, "context_length", context) > context:
+            what = f"captions of up to {data.context_length} ids do not fit a context of {context}"
+            wrong[what] = f"--data.context_length {context}"
+        if getattr(data, "image_size", size) != size:
+            what = f"images of {data.image_size} pixels, and a model of {size}"
+            wrong[what] = f"--data.image_size {size}"
+        if wrong:
+            raise UserError("; ".join(wrong), fix="give " + " ".join(wrong.values()))
+
+    def _may_be_restored(self, stage: str) -> bool:
+        """Whether a vocabulary need not be learned, as a checkpoint may bring one after setup."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        open_yet = self.model.tokenizer is None and getattr(data, "learns", False)
+        # sharded strategies, which restore late, need the embedding in its size before
+        return (
+            open_yet and stage != "fit" and not self.trainer.strategy.restore_checkpoint_after_setup
+        )
+
+    def _take_of_data(self) -> None:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            self._take(tokenizer)
 
     def _take(self, tokenizer: Any) -> None:
         config = self.model.config
@@ -271,6 +290,13 @@ class FilipModule(LightningModule):
         return size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     # -- evaluation --------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Takes the data's vocabulary where no checkpoint has brought one."""
+        if self.model.tokenizer is None:
+            self._take_of_data()
+
+    on_test_start = on_predict_start = on_validation_start
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Gathers tokens; the retrieval is scored at the end."""

@@ -14,7 +14,7 @@ fonts come with matplotlib.
 """
 
 from tenfold.plotting.charts import bars, curve, heatmap, points
-from tenfold.plotting.figures import describe, figure, legend, save
+from tenfold.plotting.figures import check_picture, describe, figure, legend, save
 from tenfold.plotting.labels import settle_labels
 from tenfold.plotting.pictures import Tile, TileGroup, image_grid
 from tenfold.plotting.style import DPI, FAINT, INK, MUTED, PALETTE, PAPER, style
@@ -29,6 +29,7 @@ __all__ = [
     "Tile",
     "TileGroup",
     "bars",
+    "check_picture",
     "curve",
     "describe",
     "figure",

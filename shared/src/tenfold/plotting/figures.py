@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tenfold.errors import UserError
 from tenfold.plotting.labels import settle_labels
 from tenfold.plotting.style import DPI, style
 
@@ -66,6 +67,16 @@ def legend(ax: Axes, *, loc: LegendPlace = "best", columns: int = 1) -> None:
         ax.legend(loc=loc, ncols=columns)
 
 
+def check_picture(path: str | Path) -> None:
+    """Make sure that `save` can write there, before what is drawn is computed.
+
+    Raises:
+        UserError: it does not end in .png.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise UserError("pictures are written as .png", where=str(path), fix="name it so")
+
+
 def save(fig: Figure, path: str | Path) -> Path:
     """Settle the labels and write the figure as PNG, making its folder if need be.
 
@@ -75,11 +86,10 @@ def save(fig: Figure, path: str | Path) -> Path:
         ``path``.
 
     Raises:
-        ValueError: if ``path`` does not end in .png.
+        UserError: if ``path`` does not end in .png.
     """
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"figures are written as .png, not {path.name}")
+    check_picture(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     settle_labels(fig)
     with style():

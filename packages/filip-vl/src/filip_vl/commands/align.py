@@ -18,7 +18,7 @@ from filip_vl.model import FilipModel
 from filip_vl.report import heat_maps, plot_alignment, word_strips
 from filip_vl.tokenizers.bpe import Layout
 from tenfold.errors import UserError
-from tenfold.plotting import save
+from tenfold.plotting import check_picture, save
 
 Mode = Literal["index", "heat", "attention"]
 
@@ -59,6 +59,9 @@ def align(
     if mode == "attention" and label is None:
         raise UserError("mode attention is that of a label's patches", fix="give --label WORDS")
     text = f"a photo of a {label}." if text is None else text
+    if not text.strip():
+        raise UserError("no words to align", where="--text")
+    check_picture(out)
     picture = read_source(image, max_pixels)
     model = open_model(ckpt, tokenizer, tokenizer_layout, device)
     tell_unknown(model, [text])

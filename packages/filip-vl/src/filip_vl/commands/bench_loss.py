@@ -21,7 +21,7 @@ from filip_vl.report import cost_curves
 from tenfold.console import at_least, columns
 from tenfold.device import is_overloaded, pick_device, synchronize
 from tenfold.errors import UserError
-from tenfold.plotting import save
+from tenfold.plotting import check_picture, save
 
 Impl = Literal["naive", "tiled", "triton"]
 
@@ -86,6 +86,10 @@ def bench_loss(
     """
     at_least(1, batch=batch, patches=patches, words=words, dim=dim, repeats=repeats)
     at_least(3, mean_words=mean_words)
+    if mean_words > words:
+        raise UserError(f"--mean-words {mean_words} do not fit --words {words}")
+    if out is not None:
+        check_picture(out)
     where = pick_device(device)
     if where.type == "mps":
         raise UserError("mps does not tell its peak of memory", fix="use --device cpu")

@@ -17,6 +17,7 @@ from filip_vl.comparison import (
     RECIPES,
     compare_shapes,
     pixels_of,
+    steps_of,
     steps_within,
     test_scenes,
 )
@@ -73,8 +74,12 @@ def demo(
     with atomic_file(out / "metrics.json") as file:
         file.write(json.dumps(scores, indent=1).encode())
     print(table(scores))
+    if (steps or steps_of(RECIPES["FILIP"])) < steps_of(RECIPES["FILIP"]):
+        print("fewer steps than the recipe's: neither side has learned what it can")
     for path in draw(out, seed, scores):
         print(f"wrote {path}")
+    models = " and ".join(str(out / f"{side.lower()}-{seed}") for side in RECIPES)
+    print(f"the models are {models}: try filip-vl search, align or zeroshot with --ckpt")
 
 
 def table(scores: dict[str, dict[str, list[float]]]) -> str:

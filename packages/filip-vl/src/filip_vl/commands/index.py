@@ -95,7 +95,7 @@ def images_of(
         return scene_images(int(count))
     if "{" not in images and not Path(images).exists():
         raise UserError("no such file or folder", where=images)
-    at = Location(source or source_of(images), root, image_column)
+    at = Location(source or source_of(images), root, image_column, captions=False)
     pairs = read_any(images, at)
     if at.source == "parquet":  # so that a search can show them
         files = [Path(file) for file in files_of(images, at.source)]

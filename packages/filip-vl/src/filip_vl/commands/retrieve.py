@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from filip_vl.commands.common import (
     encode_images,
     open_model,
     tell_truncated,
+    tell_unknown,
 )
 from filip_vl.data import Location, Pairs, merge_images, read_any, read_karpathy, shape_pairs
 from filip_vl.data.pairs import drop_blank
@@ -106,6 +109,7 @@ def retrieve(
     metrics = retrieval_metrics(ranks)
     print(_table(metrics, len(images), len(groups)))
     tell_truncated(model, "captions")
+    _tell_alike(model, pairs)
     out.mkdir(parents=True, exist_ok=True)
     counts = {"images": len(images), "captions": len(groups), "prompts": prompts}
     with atomic_file(out / "metrics.json") as file:
@@ -186,6 +190,20 @@ def _text_tokens(
     texts = [prompt.around(text) for captions in pairs.captions for text in captions]
     parts = (texts[n : n + batch_size] for n in range(0, len(texts), batch_size))
     return TokenSet(model.encode_text(part) for part in parts)
+
+
+def _tell_alike(model: FilipModel, pairs: Pairs) -> None:
+    """Print what makes captions of different images the same to the model, if any are."""
+    assert model.tokenizer is not None
+    homes: dict[bytes, set[int]] = {}
+    for row, captions in enumerate(pairs.captions):
+        for ids in model.tokenizer.encode(captions, model.config.context_length).ids.numpy():
+            homes.setdefault(ids.tobytes(), set()).add(row)
+    alike = sum(len(rows) - 1 for rows in homes.values())
+    if alike:
+        what = "captions read like one of another image: a tie counts as found"
+        print(f"{alike} {what}", file=sys.stderr)
+    tell_unknown(model, itertools.chain.from_iterable(pairs.captions))
 
 
 def _table(metrics: dict[str, float], images: int, captions: int) -> str:

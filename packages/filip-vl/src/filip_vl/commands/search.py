@@ -10,12 +10,14 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib.figure import Figure
 from numpy import ndarray
 
 from filip_vl.commands.common import open_model, tell_unknown
 from filip_vl.data import read_source
 from filip_vl.index import (
     CANDIDATES,
+    MOST_CANDIDATES,
     Hit,
     Query,
     QueryWord,
@@ -31,7 +33,7 @@ from filip_vl.report import contact_sheet
 from filip_vl.tokenizers.bpe import Layout
 from tenfold.console import at_least, columns
 from tenfold.errors import UserError
-from tenfold.plotting import save
+from tenfold.plotting import check_picture, save
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ def search(
     text: str | None = None,
     image: Path | None = None,
     k: int = 10,
-    candidates: int = CANDIDATES,
+    candidates: int | None = None,
     recall: bool = True,
     out: Path = Path("search.png"),
     serve: bool = False,
@@ -65,7 +67,8 @@ def search(
         text: what the images should show.
         image: or a picture that they should be like.
         k: how many images.
-        candidates: images whose tokens are all compared, the best by their mean token; up to 1000.
+        candidates: images whose tokens are all compared, the best by their mean token; up to 1000,
+            300 or -k if left out.
         recall: also compare all tokens of all images, and tell how many of the best were found.
         out: picture of the hits, each word's best patch outlined.
         serve: show a page in place of all this, to type words and to drop pictures.
@@ -80,6 +83,8 @@ def search(
     if (text is not None) + (image is not None) + serve != 1:
         raise UserError("what to look for?", fix="give one of --text WORDS, --image FILE, --serve")
     at_least(0, port=port)
+    check_picture(out)
+    candidates = min(max(k, CANDIDATES), MOST_CANDIDATES) if candidates is None else candidates
     tokens = TokenIndex.open(index)
     model = _model_of(tokens, ckpt, tokenizer, tokenizer_layout, device, text is not None)
     if serve:
@@ -93,7 +98,8 @@ def search(
     hits, searching = _timed(lambda: tokens.search(query.tokens, k, candidates))
     print(_table(query, hits))
     found = f"{len(tokens):,} images in {1000 * (encoding + searching):.1f} ms"
-    print(f"{found}: {candidates} by their mean token, then by all tokens")
+    met = min(candidates, len(tokens))
+    print(f"{found}: {met} by their mean token, then by all tokens")
     if recall:
         start = time.perf_counter()
         best = tokens.exact(query.tokens, k)
@@ -101,7 +107,10 @@ def search(
         share = recall_of(hits, best)
         print(f"recall@{k} {share:.2f} against exact scoring, which takes {taken:.2f} s")
     heading = f"Search: {text}" if text is not None else f"Like {image and image.name}"
-    save(_sheet(tokens, query, hits, heading), out)
+    picture = None
+    if image is not None:
+        picture = np.asarray(seen_part(read_source(image, max_pixels), _SIDE))
+    save(_sheet(tokens, query, hits, heading, picture), out)
     print(f"wrote {out}")
 
 
@@ -160,15 +169,20 @@ def _table(query: Query, hits: Sequence[Hit]) -> str:
     return columns(rows)
 
 
-def _sheet(index: TokenIndex, query: Query, hits: Sequence[Hit], heading: str):
+def _sheet(
+    index: TokenIndex,
+    query: Query,
+    hits: Sequence[Hit],
+    heading: str,
+    picture: UInt8[ndarray, "height width 3"] | None,
+) -> Figure:
     words = _spoken(query)
     shown = []
     for hit in hits:
         grid = hit.item.grid or (1, 1)
         patches = [_best_patch(index, hit, word, grid) for word in words]
-        # of a picture no word is outlined
-        shown.append(Shown(_picture(hit), hit.score, grid, patches or [None], hit.item.key))
-    return contact_sheet([word.text for word in words] or ["picture"], shown, heading=heading)
+        shown.append(Shown(_picture(hit), hit.score, grid, patches, hit.item.key))
+    return contact_sheet([w.text for w in words], shown, heading=heading, picture=picture)
 
 
 def _best_patch(

@@ -152,6 +152,8 @@ def zeroshot(
     )
     _write_table(out, found, names, best, scores, errors)
     read = len(found.sources) - len(errors)
+    if not read:
+        raise UserError("no image can be read", where=str(images), fix=next(iter(errors.values())))
     print(f"{read} images, {len(names)} classes, {len(classifier.templates)} prompts each")
     tell_truncated(model, "prompts")
     tell_unknown(model, names)
@@ -229,7 +231,11 @@ def _class_names(given: str) -> list[str]:
     known = given.lower() in class_sets() or os.path.exists(given)
     with refused("--classes"):
         if known or "," not in given:
-            return read_classes(given)
+            try:
+                return read_classes(given)
+            except UserError as error:
+                fix = f"{error.fix}; a single name needs a comma behind it: {given},"
+                raise UserError(error.what, where=error.where, fix=fix) from error
         return read_classes([name.strip() for name in given.split(",") if name.strip()])
 
 

@@ -17,7 +17,7 @@ from filip_vl.data.batches import (
     all_captions,
 )
 from filip_vl.data.memory import pairs_in_memory
-from filip_vl.data.pairs import Pairs, drop_blank, merge_images, unroll
+from filip_vl.data.pairs import Pairs, check_worded, drop_blank, merge_images, unroll
 from filip_vl.data.shapes import CONTEXT_LENGTH, shape_pairs, shape_vocabulary
 from filip_vl.data.shards import count_samples
 from filip_vl.data.sources import (
@@ -97,7 +97,8 @@ class FilipDataModule(DataModule):
             root: folder that names of files and images start from. A missing one prints what is
                 expected in it.
             train: file, files (wild cards; for shards brace ranges too) or folder of the training
-                pairs, from the root; the usual names of the format if left out.
+                pairs, from the root or else the current folder; the usual names of the format in
+                the root if left out.
             val: likewise, to validate; the test pairs serve if there are none.
             test: likewise, to test; the validation pairs serve if there are none.
             predict: folder of images, or a file of any format, for predict.
@@ -216,11 +217,18 @@ class FilipDataModule(DataModule):
             self._tokenizer = open_tokenizer(self._named_tokenizer, self._texts, layout, size)
         return self._tokenizer
 
+    @property
+    def learns(self) -> bool:
+        """Whether the tokenizer is still to be learned from the training captions."""
+        return self._tokenizer is None and self._named_tokenizer == WORD
+
     def _texts(self) -> Iterable[str]:
         """What a vocabulary is learned from."""
         if self.source == SHAPES:
             return shape_vocabulary()
-        return self._wanted("train").texts()
+        pairs = self._wanted("train")
+        check_worded(pairs, "train")
+        return pairs.texts()
 
     def pairs(self, split: str) -> Pairs | None:
         """The pairs of "train", "val", "test" or "predict" as they are; None if there are none.

@@ -202,9 +202,22 @@ def drop_blank(pairs: Pairs, split: str, strict: bool = False) -> Pairs:
     if not blank:
         return pairs
     log.warning("%d of the captions of %s were dropped as empty", blank, split)
-    if not kept:
-        raise UserError(f"every caption of {split} is empty", where=pairs.keys[0])
+    check_worded(pairs, split)
     return replace(pairs.pick(kept), captions=Captions(captions))
+
+
+def check_worded(pairs: Pairs, split: str) -> None:
+    """Looks whether any caption has a word.
+
+    Args:
+        pairs: at least one.
+        split: what they are, for the error.
+
+    Raises:
+        UserError: none has; names the place of the first.
+    """
+    if not any(text.strip() for text in pairs.texts()):
+        raise UserError(f"every caption of {split} is empty", where=f"from {pairs.keys[0]} on")
 
 
 def merge_images(pairs: Pairs) -> Pairs:

@@ -15,25 +15,28 @@ IMAGE_COLUMN, CAPTION_COLUMN = "image", "caption"
 
 
 def read_parquet(
-    files: Sequence[Path], image_column: str = IMAGE_COLUMN, caption_column: str = CAPTION_COLUMN
+    files: Sequence[Path],
+    image_column: str = IMAGE_COLUMN,
+    caption_column: str | None = CAPTION_COLUMN,
 ) -> Pairs:
     """The rows of files, through Hugging Face datasets; images stay on disk until they are wanted.
 
     Args:
         files: with the same columns.
         image_column: bytes of image files, or structs with a field `bytes`.
-        caption_column: a text or a list of texts.
+        caption_column: a text or a list of texts; None for images alone.
 
     Raises:
         UserError: a damaged file, a column that is not there or holds something else, or no row.
     """
     names = [str(file) for file in files]
-    table = load_parquet(names, image=image_column, caption=caption_column)
+    wanted = {} if caption_column is None else {"caption": caption_column}
+    table = load_parquet(names, image=image_column, **wanted)
     if not len(table):
         raise UserError("no row in the file", where=names[0])
-    captions = Captions(
-        _texts(value, f"{names[0]}, row {row}") for row, value in enumerate(table[caption_column])
-    )
+    none = itertools.repeat(None, len(table))
+    texts = none if caption_column is None else table[caption_column]
+    captions = Captions(_texts(value, f"{names[0]}, row {row}") for row, value in enumerate(texts))
     keys = Strings(f"{files[0].name}:{row}" for row in range(len(table)))
     return Pairs(Column(table, image_column), captions, keys)
 

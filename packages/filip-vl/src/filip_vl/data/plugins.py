@@ -6,14 +6,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tenfold.errors import UserError
+from tenfold.errors import UserError, first_line
 
 
-def load_callable(name: str) -> Callable[..., Any]:
+def load_callable(name: str) -> Callable[[Any], Any]:
     """The function that "module:function" names; modules of the working folder count.
 
     Raises:
-        UserError: no such module or function.
+        UserError: no such module or function; what the function raises becomes one as well.
     """
     module_name, _, function_name = name.partition(":")
     fix = "write it as module:function"
@@ -29,4 +29,13 @@ def load_callable(name: str) -> Callable[..., Any]:
         sys.path.remove(folder)
     if not callable(function):
         raise UserError(f"the module has no function {function_name!r}", where=name, fix=fix)
-    return function
+
+    def called(argument: Any) -> Any:
+        try:
+            return function(argument)
+        except Exception as error:
+            kind = type(error).__name__
+            what = f"the function raised {kind}: {first_line(error)}, for {argument!r:.80}"
+            raise UserError(what, where=name) from error
+
+    return called

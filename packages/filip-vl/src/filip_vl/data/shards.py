@@ -47,7 +47,7 @@ def expand_shards(shards: str | Sequence[str], root: Path | None = None) -> list
         shards: names with brace ranges, as in `{00000..00331}.tar`, or wild cards, several of them
             joined by `::`; or a list of names. Addresses (`pipe:...`, `https:...`) stay as they
             are.
-        root: folder that names start from.
+        root: folder that names start from; what is not there is looked for in the current one.
 
     Raises:
         UserError: a name that no file has.
@@ -58,12 +58,19 @@ def expand_shards(shards: str | Sequence[str], root: Path | None = None) -> list
         if is_remote(name):
             found.append(name)
             continue
-        path = name if root is None else str(root / name)
-        matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        if not matches or not Path(matches[0]).is_file():
-            raise UserError("no such shard", where=path, fix="look at the range of the shards")
-        found += matches
+        places = places_of(name, root)
+        matches = (sorted(glob.glob(x)) if glob.has_magic(x) else [x] for x in places)
+        there = next((files for files in matches if files and Path(files[0]).is_file()), None)
+        if there is None:
+            fix = "look at the range of the shards"
+            raise UserError("no such shard", where=" or ".join(places), fix=fix)
+        found += there
     return found
+
+
+def places_of(name: str, root: Path | None) -> list[str]:
+    """Where a name is looked for: in the root, then in the current folder."""
+    return [*dict.fromkeys(str(folder / name) for folder in (root or Path(), Path()))]
 
 
 def is_remote(shard: str) -> bool:

@@ -9,7 +9,7 @@ from filip_vl.data import jsonl, parquet, table
 from filip_vl.data.folder import read_class_captions, read_images
 from filip_vl.data.karpathy import read_karpathy
 from filip_vl.data.pairs import Pairs
-from filip_vl.data.shards import expand_shards, read_shards
+from filip_vl.data.shards import expand_shards, places_of, read_shards
 from tenfold.errors import UserError
 
 SplitName = Literal["train", "val", "test"]
@@ -20,12 +20,16 @@ class Location:
     """Where pairs lie.
 
     Attributes:
-        source: one of `FILE_SOURCES`.
+        source: one of `FILE_SOURCES`, or `IMAGES`.
         root: folder that names of files and images start from; for names of images that of their
             table if left out.
         image_column: of tables, JSON lines and Parquet files; each format's own if left out.
         caption_column: likewise.
         separator: of tables; a tab, or a comma where the header has no tab, if left out.
+        captions: whether tables and Parquet files must have captions; if not, none are read.
+
+    Raises:
+        UserError: no such source.
     """
 
     source: str
@@ -33,6 +37,13 @@ class Location:
     image_column: str | None = None
     caption_column: str | None = None
     separator: str | None = None
+    captions: bool = True
+
+    def __post_init__(self) -> None:
+        known = *FILE_SOURCES, IMAGES
+        if self.source not in known:
+            fix = f"choose one of {', '.join(known)}"
+            raise UserError(f"there is no source {self.source!r}", fix=fix)
 
 
 class _Format(NamedTuple):
@@ -53,7 +64,7 @@ class _Format(NamedTuple):
 
 def _csv(at: Location, split: SplitName, files: Sequence[str]) -> Pairs:
     image = at.image_column or table.IMAGE_COLUMN
-    caption = at.caption_column or table.CAPTION_COLUMN
+    caption = (at.caption_column or table.CAPTION_COLUMN) if at.captions else None
     return table.read_table(Path(files[0]), at.root, image, caption, at.separator)
 
 
@@ -64,7 +75,7 @@ def _jsonl(at: Location, split: SplitName, files: Sequence[str]) -> Pairs:
 
 def _parquet(at: Location, split: SplitName, files: Sequence[str]) -> Pairs:
     image = at.image_column or parquet.IMAGE_COLUMN
-    caption = at.caption_column or parquet.CAPTION_COLUMN
+    caption = (at.caption_column or parquet.CAPTION_COLUMN) if at.captions else None
     return parquet.read_parquet([Path(file) for file in files], image, caption)
 
 
@@ -133,7 +144,8 @@ def read_split(at: Location, split: SplitName, name: str | None = None) -> Pairs
     Args:
         at: where they lie.
         split: which of them.
-        name: of its file or files, or folder, from the root; the format's usual ones if left out.
+        name: of its file or files, or folder, from the root or else the current folder; the
+            format's usual ones in the root if left out.
 
     Raises:
         UserError: a named file that is not there, no training data, or unusable files.
@@ -154,9 +166,9 @@ def find_files(at: Location, split: SplitName, name: str | None = None) -> list[
     if name is not None:
         if at.source == "webdataset":
             return expand_shards(name, at.root)
-        files = _matching(at.root or Path(), name)
+        files = _matching(at.root or Path(), name) or _matching(Path(), name)
         if not files:
-            raise missing(at, f"no {name}")
+            raise UserError("no such file", where=" or ".join(places_of(name, at.root)))
         return files
     if at.root is None:
         if split == "train":

@@ -25,7 +25,7 @@ def read_table(
     file: Path,
     root: Path | None = None,
     image_column: str = IMAGE_COLUMN,
-    caption_column: str = CAPTION_COLUMN,
+    caption_column: str | None = CAPTION_COLUMN,
     separator: str | None = None,
 ) -> Pairs:
     """The rows of a table with a header line.
@@ -34,18 +34,19 @@ def read_table(
         file: a table in UTF-8.
         root: folder that the paths of images start from; that of the table if left out.
         image_column: paths of images.
-        caption_column: their captions.
+        caption_column: their captions; None for images alone.
         separator: between columns; if left out a tab, or a comma where the header has no tab.
 
     Raises:
         UserError: no such file, a column that is not there, a damaged row, or no row at all.
     """
     base = str(file.parent if root is None else root)
+    captions = [] if caption_column is None else [caption_column]
 
     def records() -> Iterator[tuple[str, list[str], str]]:
-        for row, line in read_rows(file, separator, image_column, caption_column):
+        for row, line in read_rows(file, separator, image_column, *captions):
             path = os.path.join(base, row[image_column] or "")
-            yield path, [row[caption_column] or ""], f"{file.name}:{line}"
+            yield path, [row[column] or "" for column in captions], f"{file.name}:{line}"
 
     pairs = gather(records())
     if not len(pairs):
@@ -69,6 +70,8 @@ def read_rows(file: Path, separator: str | None, *columns: str) -> Iterator[Row]
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             header = stream.readline()
+            if not header:
+                raise UserError("the file is empty", where=str(file))
             stream.seek(0)
             rows = csv.DictReader(stream, delimiter=separator or separator_of(header))
             _check_header(file, rows.fieldnames or (), columns)
@@ -94,5 +97,5 @@ def _check_header(file: Path, names: Sequence[str], columns: Sequence[str]) -> N
     if not absent:
         return
     what = f"column {', '.join(absent)} missing; there are {', '.join(names) or 'none'}"
-    fix = "name yours with --data.image_column and --data.caption_column"
+    fix = "name yours with image_column and caption_column"
     raise UserError(what, where=str(file), fix=fix)

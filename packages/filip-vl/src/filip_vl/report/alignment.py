@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -19,6 +20,7 @@ from torch import Tensor
 from filip_vl.alignment import Alignment
 from filip_vl.report.common import (
     CLASS_WORD,
+    bare,
     check_counts,
     empty_figure,
     number,
@@ -35,7 +37,6 @@ _DIM = 0.58  # how much darker the patches become that did not choose the label
 _HEAT = LinearSegmentedColormap.from_list(
     "filip-heat", ["#0B2239", "#0072B2", "#7FC6A4", "#F7D84A", "#E0241B"]
 )
-_OPACITY = 0.62
 _SIDE = 3.3  # inches of a picture
 _LISTED = 26  # tokens beside the map
 
@@ -52,7 +53,8 @@ def plot_alignment(image: Any, found: Alignment, heading: str = "") -> Figure:
         heading: over everything.
     """
     height, width = pixels(image).shape[:2]
-    tall = _SIDE * min(2.0, height / width)
+    lines = min(len(found.strings), _LISTED)
+    tall = max(_SIDE * min(2.0, height / width), 0.135 * lines)
     fig = empty_figure(2 * _SIDE + 2.3, tall + 0.55, heading)
     with style():
         grid = fig.add_gridspec(1, 3, width_ratios=[_SIDE, _SIDE, 2.1])
@@ -62,9 +64,13 @@ def plot_alignment(image: Any, found: Alignment, heading: str = "") -> Figure:
     title(plain, "Image", f"{rows} \N{MULTIPLICATION SIGN} {columns} patches")
     draw_index(indexed, image, found)
     label = " ".join(found.strings[n] for n in found.label)
-    told = f"red: {short(label, 30)}" if label else "by its index"
-    title(indexed, "Word of each patch", told)
-    _list_tokens(beside, found)
+    if label:
+        title(indexed, "Word of each patch", f"label: {short(label, 30)}", below_color=CLASS_WORD)
+    else:
+        title(indexed, "Word of each patch", "by its index")
+    for ax in (plain, indexed):
+        ax.set_anchor("N")  # with its heading as high as that of the words
+    _list_tokens(beside, found, tall)
     return fig
 
 
@@ -81,7 +87,9 @@ def draw_index(ax: Axes, image: Any, found: Alignment) -> None:
         ax.imshow(dark, interpolation="nearest", **look)
         for (row, column), index in np.ndenumerate(found.index.cpu().numpy()):
             red = bool(found.on_label[row, column])
-            halo = withStroke(linewidth=0.28 * size, foreground=PAPER if red else INK)
+            halo = withStroke(
+                linewidth=(0.4 if red else 0.28) * size, foreground=PAPER if red else INK
+            )
             ink, weight = (CLASS_WORD, "bold") if red else (PAPER, "normal")
             ax.text(
                 column + 0.5,
@@ -96,15 +104,15 @@ def draw_index(ax: Axes, image: Any, found: Alignment) -> None:
             )
 
 
-def _list_tokens(ax: Axes, found: Alignment) -> None:
-    """Index, token and number of patches, from the top."""
+def _list_tokens(ax: Axes, found: Alignment, tall: float) -> None:
+    """Index, token and number of patches, from the top of a panel of so many inches."""
     chosen = torch.bincount(found.index.flatten().cpu(), minlength=len(found.strings)).tolist()
     listed = list(range(len(found.strings)))
     if len(listed) > _LISTED:  # those that are in the picture, the most frequent of them
         most = sorted(listed, key=lambda n: (n not in found.label, -chosen[n]))[:_LISTED]
         listed = sorted(n for n in most if chosen[n] or n in found.label)
-    room = max(len(listed), 12)
-    size = min(9.0, 0.66 * 72 * _SIDE / room)
+    room = max(len(listed), int(tall / 0.27))
+    size = min(9.0, 0.66 * 72 * tall / room)
     with style():
         ax.set(xlim=(0, 1), ylim=(room - 0.3, -0.7))
         ax.set_axis_off()
@@ -123,7 +131,7 @@ def heat_maps(
     maps: Mapping[str, Float[Tensor, "rows columns"]],
     heading: str = "",
 ) -> Figure:
-    """The image beside itself under maps of heat, each with colours of its own range.
+    """The image beside maps of heat over its patches, each with colours of its own range.
 
     Args:
         image: see `filip_vl.report.common.pixels`.
@@ -140,17 +148,20 @@ def heat_maps(
     with style():
         grid = fig.add_gridspec(1, 1 + len(maps))
     first = panel(fig, grid, 0, 0)
-    show(first, image)
-    title(first, "Image")
+    rows, columns = next(iter(maps.values())).shape
+    show(first, image, (rows, columns))
+    with style():  # the patches, to find those of a map
+        look = {"colors": PAPER, "lw": 0.7, "alpha": 0.55}
+        first.vlines(range(1, columns), 0, rows, **look)
+        first.hlines(range(1, rows), 0, columns, **look)
+    title(first, "Image", f"{rows} \N{MULTIPLICATION SIGN} {columns} patches")
     for column, (name, heat) in enumerate(maps.items(), 1):
         ax = panel(fig, grid, 0, column)
         values = heat.detach().float().cpu().numpy()
         norm = Normalize(float(values.min()), max(float(values.max()), float(values.min()) + 1e-9))
-        _overlay(ax, image, heat, norm)
-        title(ax, short(name, 36))
-        _bar(ax, norm)
-    # the first panel must be as high as those with a bar
-    _bar(first, Normalize(0, 1)).set_visible(False)
+        _draw_heat(ax, image, heat, norm)
+        title(ax, short(name, 34), "of every patch")
+        _bar(ax, norm, height, height * wide / tall)
     return fig
 
 
@@ -183,9 +194,10 @@ def word_strips(image: Any, found: Alignment, heading: str = "", columns: int = 
     show(panels[0], image)
     title(panels[0], "Image", size=9.5)
     for ax, word, heat in zip(panels[1:], found.words, found.word_maps, strict=True):
-        _overlay(ax, image, heat, norm)
+        _draw_heat(ax, image, heat, norm)
         row, column = divmod(int(heat.argmax()), heat.shape[1])
-        outline(ax, row, column, PAPER)
+        outline(ax, row, column, INK)
+        outline(ax, row, column, PAPER, inset=0.1)
         best = number(float(heat.max()))
         with style():
             ax.set_xlabel(best, size=8, color=MUTED, labelpad=3)
@@ -194,46 +206,55 @@ def word_strips(image: Any, found: Alignment, heading: str = "", columns: int = 
     return fig
 
 
-def _overlay(ax: Axes, image: Any, heat: Float[Tensor, "rows columns"], norm: Normalize) -> None:
-    """The image in grey under a smooth map of heat."""
+def _draw_heat(ax: Axes, image: Any, heat: Float[Tensor, "rows columns"], norm: Normalize) -> None:
+    """A map as what it is, a value a patch, in the shape of its image.
+
+    Nothing shines through: a colour must be found again in the bar.
+    """
     rows, columns = heat.shape
-    grey = np.repeat(pixels(image).mean(2, keepdims=True), 3, axis=2)
-    show(ax, grey, (rows, columns))
+    tall, wide = pixels(image).shape[:2]
     with style():
         ax.imshow(
             heat.detach().float().cpu().numpy(),
             cmap=_HEAT,
             norm=norm,
-            alpha=_OPACITY,
             extent=(0, columns, rows, 0),
-            interpolation="bilinear",
-            aspect=ax.get_aspect(),
+            interpolation="nearest",
+            aspect=tall * columns / (wide * rows),
         )
+        bare(ax)
 
 
-def _bar(ax: Axes, norm: Normalize) -> Axes:
-    """Colours under a panel, with the values at their ends."""
+def _bar(ax: Axes, norm: Normalize, height: float, width: float) -> None:
+    """Colours under a panel of so many inches, as wide as it is."""
     with style():
-        figure = ax.figure
-        colors = ScalarMappable(norm, _HEAT)
-        bar = figure.colorbar(colors, ax=ax, orientation="horizontal", aspect=26, pad=0.03)
-        bar.outline.set_visible(False)
-        ends = [float(norm.vmin or 0), float(norm.vmax or 0)]
-        digits = max(2, 1 - math.floor(math.log10(max(abs(e) for e in ends) or 1)))
-        bar.set_ticks(ends, labels=[number(end, digits) for end in ends])
-        for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
-            label.set_horizontalalignment(side)
-        bar.ax.tick_params(length=0)
-    return bar.ax
+        inset = ax.inset_axes((0, -0.22 / height, 1, 0.12 / height))
+        bar = ax.figure.colorbar(ScalarMappable(norm, _HEAT), cax=inset, orientation="horizontal")
+    _label_bar(bar, norm, 5 if width > 2.8 else 3)
+    # the outermost labels must not leave the panel
+    labels = bar.ax.get_xticklabels()
+    if len(labels) > 1:
+        labels[0].set_horizontalalignment("left")
+        labels[-1].set_horizontalalignment("right")
 
 
 def _shared_bar(fig: Figure, panels: list[Axes], norm: Normalize) -> None:
     with style():
-        colors = ScalarMappable(norm, _HEAT)
         look = {"orientation": "horizontal", "aspect": 50, "pad": 0.02, "shrink": 0.6}
-        bar = fig.colorbar(colors, ax=panels, **look)
-        bar.outline.set_visible(False)
-        ends = [float(norm.vmin or 0), float(norm.vmax or 0)]
-        bar.set_ticks(ends, labels=[number(end) for end in ends])
-        bar.ax.tick_params(length=0)
+        bar = fig.colorbar(ScalarMappable(norm, _HEAT), ax=panels, **look)
         bar.set_label("similarity of patch and word (frame: the word's best patch)", size=8.5)
+    _label_bar(bar, norm)
+
+
+def _label_bar(bar: Colorbar, norm: Normalize, count: int = 5) -> None:
+    """So many values from end to end, with the digits that tell them apart."""
+    low, high = float(norm.vmin or 0), float(norm.vmax or 0)
+    with style():
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=2.5)
+        if high - low < 1e-8:  # one value has one label
+            bar.set_ticks([(low + high) / 2], labels=[number(low)])
+            return
+        digits = max(2, 1 - math.floor(math.log10((high - low) / (count - 1))))
+        ticks = np.linspace(low, high, count)
+        bar.set_ticks(ticks.tolist(), labels=[number(float(tick), digits) for tick in ticks])

@@ -15,7 +15,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Rectangle
 from numpy import ndarray
 
-from tenfold.plotting import INK, MUTED, PALETTE, figure, save, style
+from tenfold.plotting import MUTED, PALETTE, figure, save, style
 
 FILIP, CLIP = PALETTE[0], MUTED
 """Colours of the method and of its baseline."""
@@ -100,12 +100,12 @@ def panel(fig: Figure, grid: GridSpec, row: slice | int, column: slice | int) ->
         return fig.add_subplot(grid[row, column])
 
 
-def title(ax: Axes, text: str, below: str = "", color: str = INK, size: float = 11) -> None:
+def title(ax: Axes, text: str, below: str = "", size: float = 11, below_color: str = MUTED) -> None:
     """A panel's title in two lines: a bold one, and a plain one under it."""
     with style():
-        ax.set_title(text, color=color, size=size, pad=21 if below else 8)
+        ax.set_title(text, size=size, pad=21 if below else 8)
         note = ax.annotate(below, (0, 1), (0, 7), "axes fraction", "offset points")
-        note.set(va="bottom", color=MUTED, size=8.5)
+        note.set(va="bottom", color=below_color, size=8.5)
         note.set_in_layout(False)  # a long line must not push the panels apart
 
 
@@ -117,9 +117,27 @@ def short(text: str, letters: int) -> str:
     return cut if len(cut) > letters // 2 else text[: letters - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
+def middle_cut(text: str, letters: int) -> str:
+    """A text that fits, with both of its ends: captions often differ in their last words alone."""
+    text = " ".join(text.split())
+    if len(text) <= letters:
+        return text
+    half = max(1, (letters - 3) // 2)
+    start, end = text[:half], text[-half:]
+    # whole words, unless that would take away the most of what there is room for
+    if text[half] != " " and start.rfind(" ") >= half // 2 > 0:
+        start = start[: start.rfind(" ")]
+    if text[-half - 1] != " " and 0 <= end.find(" ") <= half // 2:
+        end = end[end.find(" ") :]
+    return f"{start.strip()} \N{HORIZONTAL ELLIPSIS} {end.strip()}"
+
+
 def wrapped(text: str, letters: int, lines: int) -> str:
-    """A text in so many lines at most, of so many letters each."""
-    return "\n".join(textwrap.wrap(short(text, letters * lines - letters // 4), letters)[:lines])
+    """A text in so many lines at most, of so many letters each; cut in the middle if need be."""
+    room = letters * lines
+    while len(found := textwrap.wrap(middle_cut(text, room), letters)) > lines:
+        room -= 1
+    return "\n".join(found)
 
 
 def number(value: float, digits: int = 2) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from filip_vl.report.common import CLIP, FILIP, check_counts, empty_figure, panel, title
 from tenfold.plotting import INK, PALETTE, PAPER, bars, curve, describe, style
 
 _OTHERS = (PALETTE[1], PALETTE[2], PALETTE[4])
+# What a logarithmic axis may have labels at, times the powers of ten, the most usual first.
+_LEADS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1,))
 
 
 class Cost(NamedTuple):
@@ -54,11 +57,13 @@ def comparison_bars(
             raise ValueError(f"{name} has a metric without values")
     means = {n: [100 * float(np.mean(rows[m])) for m in metrics] for n, rows in scores.items()}
     colors = _colors(list(scores))
-    width = max(5.6, 1.0 + 0.95 * len(metrics) * max(2, len(scores)) / 2)
+    group = 1.05 * max(2, len(scores)) / 2
+    width = max(5.6, 1.0 + group * len(metrics))
     fig = empty_figure(width, 3.7, heading)
     with style():
         ax = fig.add_subplot()
-    labels = [metric.replace(" ", "\n") for metric in metrics]
+    letters = int(13 * (width - 1.0) / len(metrics))
+    labels = [textwrap.fill(metric, letters) for metric in metrics]
     bars(ax, labels, means, colors=colors, fmt="")
     tops = _draw_seeds(ax, scores, metrics)
     with style():
@@ -97,7 +102,7 @@ def _draw_seeds(
                 with style():
                     look = {"markersize": 4, "markeredgecolor": PAPER, "markeredgewidth": 0.7}
                     ax.plot(place + spread, values, "o", color=INK, alpha=0.8, zorder=5, **look)
-            tops[place, float(values.max())] = f"{values.mean():.0f}"
+            tops[place, float(values.max())] = f"{values.mean():.1f}"
     return tops
 
 
@@ -131,16 +136,39 @@ def cost_curves(
     for ax in (speed, memory):
         with style():
             ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
             ax.set_xticks(batches, [str(batch) for batch in batches])
-            ax.minorticks_off()
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:,g}")
+        _log_scale(ax)
+        ax.minorticks_off()
     describe(speed, title="Throughput", x="batch", y=f"pairs a second ({unit})")
     describe(memory, title="Peak memory", x="batch", y="MiB over the inputs")
     with style():
         fig.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=len(costs))
     return fig
+
+
+def _log_scale(ax: Axes) -> None:
+    """A logarithmic axis from one of its labels to another; 4 to 9 of them where possible."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return
+    with style():
+        ax.set_yscale("log")
+        choices = [_steps(values.min(), values.max(), leads) for leads in _LEADS]
+        nearest = min(choices, key=lambda found: abs(len(found) - 6))
+        ticks = next((found for found in choices if 4 <= len(found) <= 9), nearest)
+        names = [f"{tick:,.0f}" if tick >= 100 else f"{tick:g}" for tick in ticks]
+        ax.set_yticks(ticks, names)
+        ax.set_ylim(ticks[0] / 1.05, ticks[-1] * 1.05)
+
+
+def _steps(low: float, high: float, leads: Sequence[float]) -> list[float]:
+    """The leads times powers of ten, from the last that is not over low to the first not under."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    steps = [float(f"{lead}e{power}") for power in powers for lead in leads]
+    first = max(n for n, step in enumerate(steps) if step <= low)
+    last = min(n for n, step in enumerate(steps) if step >= high)
+    return steps[first : max(last, first + 1) + 1]  # one value may lie exactly at a step
 
 
 def _colors(names: Sequence[str]) -> dict[str, str]:

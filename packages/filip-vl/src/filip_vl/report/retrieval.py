@@ -25,8 +25,9 @@ from filip_vl.report.common import (
     word_colors,
     wrapped,
 )
-from tenfold.plotting import MUTED, style
+from tenfold.plotting import INK, MUTED, style
 
+_MOST = 60  # hits of a sheet that can be looked through
 _TILE, _UNDER = 1.05, 0.24  # inches of a picture, and of the line under it
 
 
@@ -136,48 +137,73 @@ def _frame(ax: Axes, color: str) -> None:
 
 
 def contact_sheet(
-    words: Sequence[str], hits: Sequence[Hit], columns: int = 5, heading: str = ""
+    words: Sequence[str],
+    hits: Sequence[Hit],
+    columns: int = 5,
+    heading: str = "",
+    picture: Any = None,
 ) -> Figure:
     """The hits of a search; on each, every word's best patch is outlined in the word's colour.
 
+    Of many hits the best 60 are drawn, and the heading says so.
+
     Args:
-        words: of the query.
+        words: of the query; none where it is a picture.
         hits: best first.
         columns: pictures in a row.
         heading: over everything.
+        picture: that was looked for, drawn before the hits.
 
     Raises:
-        ValueError: no hit, or not one patch for each word.
+        ValueError: no hit, neither words nor a picture, or not one patch for each word.
     """
     check_counts(hits=hits)
+    if picture is None:
+        check_counts(words=words)
     for hit in hits:
-        check_counts(words=words, patches=hit.patches)
-    columns = min(columns, max(3, len(hits)))
-    rows, side = math.ceil(len(hits) / columns), 1.7
+        if len(hit.patches) != len(words):
+            check_counts(words=words, patches=hit.patches)
+    if len(hits) > _MOST:
+        heading = f"{heading} (the best {_MOST} of {len(hits):,})".strip()
+        hits = hits[:_MOST]
+    before = int(picture is not None)
+    tiles = before + len(hits)
+    columns = min(columns, max(3, tiles))
+    rows, side = math.ceil(tiles / columns), 1.7
     width = columns * (side + 0.12) + 0.1
     used = [any(hit.patches[n] is not None for hit in hits) for n in range(len(words))]
     colors = [
         color if shown else MUTED
         for color, shown in zip(word_colors(len(words)), used, strict=True)
     ]
-    lines = _legend_lines(words, colors, int(9.5 * width))
+    lines = _legend_lines(words, colors, int(9.5 * width)) if words else []
     tops = 0.25 * len(lines)
-    tall = max(min(2.0, p.shape[0] / p.shape[1]) for p in (pixels(hit.image) for hit in hits))
+    shown = [*([picture] * before), *(hit.image for hit in hits)]
+    tall = max(min(2.0, p.shape[0] / p.shape[1]) for p in map(pixels, shown))
     fig = empty_figure(width, rows * (side * tall + 0.28) + tops + 0.25, heading)
     with style():
-        heights = [tops, *[side * tall + 0.28] * rows]
-        grid = fig.add_gridspec(1 + rows, columns, height_ratios=heights)
-    _write_query(panel(fig, grid, 0, slice(0, columns)), lines)
-    for place, hit in enumerate(hits):
-        row, column = divmod(place, columns)
-        ax = panel(fig, grid, 1 + row, column)
+        heights = [*([tops] if lines else []), *[side * tall + 0.28] * rows]
+        grid = fig.add_gridspec(len(heights), columns, height_ratios=heights)
+    if lines:
+        _write_query(panel(fig, grid, 0, slice(0, columns)), lines)
+    above = len(heights) - rows
+    panels = [
+        panel(fig, grid, above + place // columns, place % columns)
+        for place in range(rows * columns)
+    ]
+    if picture is not None:
+        show(panels[0], picture)
+        _frame(panels[0], INK)
+        with style():
+            panels[0].set_xlabel("looked for", size=8, color=INK, weight="bold", labelpad=3)
+    for ax, hit in zip(panels[before:], hits, strict=False):
         show(ax, hit.image, hit.grid)
         _outline_words(ax, hit, colors)
         told = f"{number(hit.score, 3)}  {short(hit.name, 18)}".strip()
         with style():
             ax.set_xlabel(told, size=8, color=MUTED, labelpad=3)
-    for place in range(len(hits), rows * columns):
-        bare(panel(fig, grid, 1 + place // columns, place % columns))
+    for ax in panels[tiles:]:
+        bare(ax)
     return fig
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from numpy import ndarray
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from filip_vl.report.common import (
     bare,
     check_counts,
     empty_figure,
+    middle_cut,
     number,
     outline,
     panel,
@@ -31,6 +33,7 @@ from tenfold.plotting import INK, MUTED, describe, heatmap, style
 
 _VALUES = 8  # pairs up to which every cell has its value written in
 _MOST = 24  # pairs that can be told apart
+_LESS = "#A9C6DB"  # bars that do not stand out
 
 
 def similarity_matrices(
@@ -61,7 +64,7 @@ def similarity_matrices(
     if count > _MOST:
         raise ValueError(f"{count} pairs cannot be told apart: at most {_MOST}")
     side = max(2.6, 0.4 * count)
-    fig = empty_figure(2 * side + 1.7, side + 0.95 + 0.19 * count, heading)
+    fig = empty_figure(2 * side + 1.7, side + 1.25 + 0.19 * count, heading)
     with style():
         widths, heights = [side / count, side, side], [side, 0.19 * count]
         grid = fig.add_gridspec(2, 3, width_ratios=widths, height_ratios=heights)
@@ -76,6 +79,13 @@ def similarity_matrices(
     with style():
         rows.set_ylabel("image")
     _captions(panel(fig, grid, 1, slice(0, 3)), captions, int(14 * fig.get_size_inches()[0]))
+    told = {RIGHT: "chosen, and right", WRONG: "chosen, but of another pair"}
+    with style():
+        marks = [
+            Rectangle((0, 0), 1, 1, fill=False, ec=color, lw=2.2, label=text)
+            for color, text in told.items()
+        ]
+        fig.legend(handles=marks, loc="outside lower center", ncols=2)
     return fig
 
 
@@ -113,7 +123,7 @@ def _captions(ax: Axes, captions: Sequence[str], letters: int) -> None:
         ax.set_axis_off()
         for line, text in enumerate(captions):
             ax.text(0.02, line, str(line + 1), ha="right", va="center", size=8.5, color=MUTED)
-            ax.text(0.03, line, short(text, letters), va="center", size=8.5)
+            ax.text(0.03, line, middle_cut(text, letters), va="center", size=8.5)
 
 
 def contribution_bars(
@@ -142,7 +152,7 @@ def contribution_bars(
     shares = [other.word_shares for other in found]
     words = list(shares[0])
     count, tall = len(images), 0.2 * len(words)
-    fig = empty_figure(1.1 + 2.3 * count, 1.9 + tall + 0.75, heading)
+    fig = empty_figure(1.1 + 2.3 * count, 1.9 + tall + (1.05 if count > 1 else 0.75), heading)
     with style():
         grid = fig.add_gridspec(2, count, height_ratios=[1.5, tall])
     values = np.array([[100 * row[word] for word in words] for row in shares])
@@ -160,13 +170,18 @@ def contribution_bars(
             ax.set_yticklabels([])
         first = first or ax
         describe(ax, x="share of s\u1d40 (hundredths)")
+    if count > 1:
+        told = {FILIP: "the largest share of this word", _LESS: "another image has a larger one"}
+        with style():
+            marks = [Patch(color=color, label=text) for color, text in told.items()]
+            fig.legend(handles=marks, loc="outside lower center", ncols=2)
     return fig
 
 
 def _bars(ax: Axes, words: Sequence[str], values: Float[ndarray, " words"], best: ndarray) -> None:
     """Bars from the top; those that beat the other hits stand out."""
     with style():
-        colors = [FILIP if wins else "#A9C6DB" for wins in best]
+        colors = [FILIP if wins else _LESS for wins in best]
         places = np.arange(len(words))
         ax.barh(places, values, color=colors, height=0.74)
         for place, value in enumerate(values):

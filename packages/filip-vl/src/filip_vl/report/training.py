@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from filip_vl.report.common import CLIP, FILIP, empty_figure, panel
-from tenfold.plotting import PALETTE, curve, describe, legend, style
+from tenfold.plotting import PALETTE, PAPER, curve, describe, legend, style
 from tenfold.plotting.logs import Log, Series, read_log, smooth
 
 _COLORS = (FILIP, CLIP, *PALETTE[1:])
 _FEW = 30  # values of a curve up to which each one gets a marker
+_DASHES: tuple[Any, ...] = ("-", (0, (2.2, 2.2)), (0, (1, 5)))
 _LOSS = "train/loss"
 _TEMPERATURE = ("train/temperature", "temperature")
 _SCALE = ("train/logit_scale", "logit_scale")
@@ -76,15 +79,21 @@ def _draw_loss(ax: Axes, found: Mapping[str, Series], colors: Mapping[str, str])
             ax.plot(steps, values, color=colors[name], alpha=0.22, lw=0.8, marker="")
         marker = "o" if len(steps) < _FEW else ""
         curve(ax, steps, smooth(values), label=name, color=colors[name], marker=marker)
-    ax.set_ylim(bottom=0)
+    _from_zero(ax)
     legend(ax)
     describe(ax, title="Contrastive loss", x="step", y="loss")
 
 
 def _draw_temperature(ax: Axes, found: Mapping[str, Series], colors: Mapping[str, str]) -> None:
-    for name, (steps, values) in found.items():
+    for n, (name, (steps, values)) in enumerate(found.items()):
         marker = "o" if len(steps) < _FEW else ""
-        curve(ax, steps, values, label=name, color=colors[name], marker=marker)
+        line = curve(ax, steps, values, label=name, color=colors[name], marker=marker)
+        # runs often keep one temperature: dashes let the wider line under them be seen
+        width = max(1.6, 5.0 - 2.0 * n)
+        line.set(linewidth=width, linestyle=_DASHES[n % len(_DASHES)])
+        line.set_markersize(width + 4)
+        if n:
+            line.set_path_effects([withStroke(linewidth=width + 1.2, foreground=PAPER)])
     with style():
         ax.axhline(0.01, color=CLIP, lw=1, ls=(0, (1, 1.5)), zorder=1)
         note = ax.annotate(
@@ -95,6 +104,12 @@ def _draw_temperature(ax: Axes, found: Mapping[str, Series], colors: Mapping[str
     ax.set_ylim(0, 1.15 * highest)
     legend(ax)
     describe(ax, title="Temperature", x="step", y="temperature \u03c4")
+
+
+def _from_zero(ax: Axes) -> None:
+    """Begin at 0, with room for a marker over the highest value."""
+    highest = float(ax.dataLim.y1)
+    ax.set_ylim(0, 1.08 * highest if 0 < highest < np.inf else 1.0)
 
 
 def _draw_recalls(
@@ -113,6 +128,6 @@ def _draw_recalls(
             linestyle=line,
             marker=marker,
         )
-    ax.set_ylim(bottom=0)
+    _from_zero(ax)
     legend(ax)
     describe(ax, title="Retrieval", x="step", y="R@1 (%)")

@@ -209,7 +209,8 @@ def _lines(source: str | Path, what: str, names: Sequence[str]) -> list[str] | N
         text = Path(source).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fix = f"give a text file with one a line, or choose {', '.join(names)}"
-        raise UserError(f"no {what} there: {error}", where=str(source), fix=fix) from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"no {what} there: {why}", where=str(source), fix=fix) from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
