@@ -262,7 +262,7 @@ def zeroshot_table(found: dict[str, Any]) -> str:
     }
     slow = found["ms"]["padded"]
     rows = [
-        [name, f"{found['ms'][way]:.3g} ms", f"{slow / found['ms'][way]:.1f}x"]
+        [name, f"{found['ms'][way]:,.0f} ms", f"{slow / found['ms'][way]:.1f}x"]
         for way, name in names.items()
     ]
     return (
@@ -288,7 +288,7 @@ def index_table(found: dict[str, Any]) -> str:
             f"{run['recall']:.2f}",
         ]
         for kind, name in kinds.items()
-        for candidates, run in found["search"][kind].items()
+        for candidates, run in sorted(found["search"][kind].items(), key=_number)
     ]
     few, many = (f"{peak:.0f}" for peak in found["peak_mib"].values())
     head = ["queries", "candidates", "median", "slowest", "recall@10"]
