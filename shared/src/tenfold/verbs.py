@@ -83,7 +83,7 @@ def run_verb(app: App, verb: str, argv: list[str]) -> int:
         work(cli.model, datamodule=cli.datamodule, ckpt_path=run.checkpoint, **options)
         if verb == "fit" and kept_state(cli.trainer):
             rank_zero_info(f"fit: trained; the checkpoint is {run.folder / LAST}")
-        elif verb == "fit":
+        elif verb == "fit" and run.checkpoint is not None:
             rank_zero_info(f"fit: nothing is done, the run is already at {_stand(cli.trainer)}")
     except argparse.ArgumentError as error:
         raise parse_error(error, f"{app.name} {verb}") from error
