@@ -238,7 +238,7 @@ def test_serve_listens_on_the_loopback_address_until_it_is_stopped(index, model)
         with urllib.request.urlopen(f"{address}about") as response:
             assert json.load(response)["images"] == 60
         os.kill(child.pid, stop)
-        child.join(30)
+        child.join(120)
         assert child.exitcode == 0
 
 

@@ -1,0 +1,1 @@
+"""Over-smoothing in Transformer encoders: measures, the theorem, hierarchical fusion."""

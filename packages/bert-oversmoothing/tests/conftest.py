@@ -1,0 +1,124 @@
+"""Paths and builders that several test files share."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from jaxtyping import install_import_hook
+
+# Two processes share the cores, and tiny operations are slow on many threads.
+torch.set_num_threads(1)
+
+# A collection looks at the million objects of the imports, and finds next to nothing.
+gc.set_threshold(10_000)
+
+# Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).
+install_import_hook(
+    ["tenfold", "bert_oversmoothing"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of the imports live to the end: collections need not look at them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries that count their leaks at the end find none."""
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_stays():
+    """A run under DDP in a test's own process leaves its group, which later forks would inherit."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of reference arrays; its README says what they are."""
+    return Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny(name)`: a random model of a family, three blocks of width 32, and a batch for it.
+
+    The texts have 9, 6 and 3 real tokens; images have none to spare. Every parameter is moved, so
+    that gains, offsets and scales are nobody's defaults.
+    """
+    return _tiny
+
+
+def _tiny(name: str, attention: str | None = None):
+    import transformers as hf
+
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 24,
+        "pad_token_id": 0,
+    }
+    image = {key: text[key] for key in list(text)[1:5]} | {"image_size": 24, "patch_size": 8}
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    pieces = {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = {
+        "bert": lambda: hf.BertConfig(**text),
+        "bert-decoder": lambda: hf.BertConfig(**text, is_decoder=True),
+        "roberta": lambda: hf.RobertaConfig(**text),
+        "xlm-roberta": lambda: hf.XLMRobertaConfig(**text),
+        "camembert": lambda: hf.CamembertConfig(**text),
+        "electra": lambda: hf.ElectraConfig(**text, embedding_size=16),
+        "deberta": lambda: hf.DebertaConfig(**text, **relative),
+        "deberta-v2": lambda: hf.DebertaV2Config(**text, **relative, **pieces),
+        "deberta-v2-conv": lambda: hf.DebertaV2Config(
+            **text, **relative, **pieces, conv_kernel_size=3
+        ),
+        "albert": lambda: hf.AlbertConfig(**text, embedding_size=16),
+        "albert-groups": lambda: hf.AlbertConfig(
+            **(text | {"num_hidden_layers": 4}),
+            embedding_size=16,
+            num_hidden_groups=2,
+            inner_group_num=2,
+        ),
+        "distilbert": lambda: hf.DistilBertConfig(
+            vocab_size=50, dim=32, n_layers=3, n_heads=4, hidden_dim=48, pad_token_id=0
+        ),
+        "mpnet": lambda: hf.MPNetConfig(**text),
+        "modernbert": lambda: hf.ModernBertConfig(**text, **tokens, local_attention=4),
+        "vit": lambda: hf.ViTConfig(**image),
+        "deit": lambda: hf.DeiTConfig(**image),
+        "dinov2": lambda: hf.Dinov2Config(
+            **{key: value for key, value in image.items() if key != "intermediate_size"}
+        ),
+        "dinov2-swiglu": lambda: hf.Dinov2Config(
+            **{key: value for key, value in image.items() if key != "intermediate_size"},
+            use_swiglu_ffn=True,
+        ),
+        "beit": lambda: hf.BeitConfig(**image, use_relative_position_bias=True),
+        "beit-plain": lambda: hf.BeitConfig(
+            **image, layer_scale_init_value=0.0, use_mean_pooling=False
+        ),
+        "clip_vision_model": lambda: hf.CLIPVisionConfig(**image),
+    }[name]()
+    config._attn_implementation = attention  # None: SDPA where the family has it
+    torch.manual_seed(0)
+    model = hf.AutoModel.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    if hasattr(config, "image_size"):
+        return model.eval(), {"pixel_values": torch.randn(3, 3, 24, 24)}
+    mask = torch.arange(9) < torch.tensor([9, 6, 3])[:, None]
+    ids = torch.randint(3, 50, (3, 9)) * mask
+    return model.eval(), {"input_ids": ids, "attention_mask": mask.long()}
