@@ -221,6 +221,7 @@ def test_images_that_were_in_memory_have_no_picture(model, tmp_path):
 
 
 def _serve(folder, model, lines):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of the background
     serve(TokenIndex.open(folder), model, port=0, tell=lines.put)
 
 
