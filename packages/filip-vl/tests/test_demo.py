@@ -3,8 +3,8 @@
 import csv
 import json
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,14 +229,17 @@ def test_the_pace_is_that_of_the_steps(monkeypatch):
     monkeypatch.setattr(comparison, "_PACED", 3)
     monkeypatch.setattr(comparison, "_WARMUP", 1)
     step = FilipModule.training_step
+    durations = iter((5.0, 0.25, 0.75))  # the first one does not count
+    now = 100.0
 
-    def slow(self, *given):
-        time.sleep(0.3)
+    def timed(self, *given):
+        nonlocal now
+        now += next(durations)
         return step(self, *given)
 
-    quick = step_seconds("demo-clip")
-    monkeypatch.setattr(FilipModule, "training_step", slow)
-    assert step_seconds("demo-clip") > max(0.3, quick)
+    monkeypatch.setattr(FilipModule, "training_step", timed)
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert step_seconds("demo-clip") == pytest.approx(0.5)
 
 
 def test_times_that_are_none_are_refused(tmp_path, capsys):
