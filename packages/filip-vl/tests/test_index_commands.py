@@ -1,5 +1,6 @@
 import io
 import re
+import sys
 
 import numpy as np
 import pyarrow.parquet
@@ -12,6 +13,7 @@ from filip_vl.data import shape_pairs, write_shards, write_table
 from filip_vl.data.shapes import shape_vocabulary
 from filip_vl.index import TokenIndex, text_query
 from filip_vl.model import FilipModel
+from filip_vl.report import contact_sheet
 from filip_vl.synthetic import scene
 from filip_vl.tokenizers import WordTokenizer
 from tenfold.errors import UserError
@@ -135,10 +137,18 @@ def test_a_model_that_is_gone_or_another_is_told(ckpt, tmp_path, capsys):
     assert "another checkpoint" in capsys.readouterr().err
 
 
-def test_search_compares_as_many_as_it_shows(index, tmp_path, capsys):
+def test_search_compares_as_many_as_it_shows(index, tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def sheet(words, shown, **options):  # of 300 pictures it takes its time
+        drawn.append(len(shown))
+        return contact_sheet(words, shown[:2], **options)
+
+    monkeypatch.setattr(sys.modules["filip_vl.commands.search"], "contact_sheet", sheet)
     argv = ["search", f"--index={index}", "--text=a red circle", f"--out={tmp_path / 's.png'}"]
     assert app.main([*argv, "-k", "310"]) == 0  # there are 300
     assert capsys.readouterr().out.count("scene ") == 300
+    assert drawn == [300]
     assert app.main([*argv, "-k", "2", "--candidates", "1000"]) == 0
     assert "300 images in" in (told := capsys.readouterr().out)
     assert ": 300 by their mean token" in told

@@ -220,27 +220,25 @@ def test_images_that_were_in_memory_have_no_picture(model, tmp_path):
 # ------------------------------------------------------------------------------------- the server
 
 
-def _serve(folder, model, lines):
+def _serve_twice(folder, model, lines):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of the background
-    serve(TokenIndex.open(folder), model, port=0, tell=lines.put)
+    for _ in range(2):
+        serve(TokenIndex.open(folder), model, port=0, tell=lines.put)
 
 
 def test_serve_listens_on_the_loopback_address_until_it_is_stopped(index, model):
     spawned = multiprocessing.get_context("spawn")
-    servers = []
+    lines = spawned.Queue()
+    child = spawned.Process(target=_serve_twice, args=(index.folder, model, lines))
+    child.start()
     for stop in (signal.SIGINT, signal.SIGTERM):
-        lines = spawned.Queue()
-        child = spawned.Process(target=_serve, args=(index.folder, model, lines))
-        child.start()
-        servers.append((stop, lines, child))
-    for stop, lines, child in servers:
-        address = lines.get(timeout=60).split()[0]
+        address = lines.get(timeout=120).split()[0]
         assert address.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(f"{address}about") as response:
             assert json.load(response)["images"] == 60
         os.kill(child.pid, stop)
-        child.join(120)
-        assert child.exitcode == 0
+    child.join(120)
+    assert child.exitcode == 0
 
 
 def test_an_address_that_cannot_be_had_is_told(index, model, caplog):
