@@ -12,7 +12,7 @@ from benchmarks.results import Results, work_folder
 from tenfold.cli import exit_status
 from tenfold.errors import UserError
 
-PACKAGES = ("ds-net-plus", "filip-vl", "ickd")
+PACKAGES = ("bert-oversmoothing", "ds-net-plus", "filip-vl", "ickd")
 
 
 def main(argv: list[str] | None = None) -> int:

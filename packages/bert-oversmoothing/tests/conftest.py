@@ -122,3 +122,81 @@ def _tiny(name: str, attention: str | None = None):
     mask = torch.arange(9) < torch.tensor([9, 6, 3])[:, None]
     ids = torch.randint(3, 50, (3, 9)) * mask
     return model.eval(), {"input_ids": ids, "attention_mask": mask.long()}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """`tokenizer_folder(kind)`: a saved tokenizer of "bert" (pieces) or "roberta" (byte pairs)."""
+    folders = {}
+
+    def build(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(kind)
+            _tokenizer(kind).save_pretrained(folders[kind])
+        return folders[kind]
+
+    return build
+
+
+def _tokenizer(kind: str):
+    import string
+
+    import transformers as hf
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    if kind == "bert":
+        special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+        words = ("the", "a", "cat", "dog", "sat", "on", "mat", "##s", "##ed", "who", "what", "is")
+        marks = (*string.printable.strip(), *(f"##{each}" for each in string.ascii_lowercase))
+        ids = {
+            word: number for number, word in enumerate(dict.fromkeys((*special, *words, *marks)))
+        }
+        backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+        )
+        return hf.BertTokenizerFast(tokenizer_object=backend)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *alphabet, "Ġt", "Ġth", "Ġthe", "at", "<mask>"]
+    ids = {token: number for number, token in enumerate(tokens)}
+    merges = [("Ġ", "t"), ("Ġt", "h"), ("Ġth", "e"), ("a", "t")]
+    backend = Tokenizer(models.BPE(ids, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "pad": "<pad>"}
+    special = {f"{name}_token": token for name, token in names.items()}
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **special,
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """`word_tokenizer(special=True)`: the words w4 to w49, between [CLS] and [SEP]."""
+    return _word_tokenizer
+
+
+def _word_tokenizer(special: bool = True, **options):
+    import transformers as hf
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(4, 50))]
+    vocabulary = {word: n for n, word in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    roles = dict(zip(("pad", "unk", "cls", "sep"), names, strict=False))
+    options |= {f"{role}_token": name for role, name in roles.items()}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)

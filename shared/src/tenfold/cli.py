@@ -29,6 +29,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import json
 import logging
 import os
 import re
@@ -283,16 +284,20 @@ def run_function(prog: str, command: Command, argv: list[str]) -> int:
 def placed(function: Any, argv: list[str]) -> list[str]:
     """Bare words in front, one for each parameter that is not keyword-only.
 
-    `zoo show resnet20` means `zoo show --name=resnet20` where only the first has no default.
+    `zoo show resnet20` means `zoo show --name=resnet20` where only the first has no default. A
+    `list[str]` takes all words that are left: `compare a b` means `compare '["a", "b"]'`.
     """
     parameters = inspect.signature(function).parameters.values()
-    order = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    bare = itertools.takewhile(lambda word: not word.startswith("-"), argv)
-    named = [
-        word if parameter.default is parameter.empty else f"--{parameter.name}={word}"
-        for parameter, word in zip(order, bare, strict=False)
-    ]
-    return [*named, *argv[len(named) :]]
+    words = [*itertools.takewhile(lambda word: not word.startswith("-"), argv)]
+    rest, named = argv[len(words) :], []
+    for parameter in parameters:
+        if not words or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            break
+        word = words.pop(0)
+        if re.match(r"list\[str\]", str(parameter.annotation)):
+            word, words = json.dumps([word, *words]), []
+        named.append(word if parameter.default is parameter.empty else f"--{parameter.name}={word}")
+    return [*named, *words, *rest]
 
 
 def gathered(function: Any, argv: list[str]) -> list[str]:

@@ -325,7 +325,10 @@ class AttentionGraph(Metric):
         """
         if attention_bhnn.shape[1] != self.sums.shape[1]:
             raise ValueError(f"{attention_bhnn.shape[1]} heads, not {self.sums.shape[1]}")
-        found = graph_statistics(attention_bhnn, mask_bn, parts=self.parts)
+        self.count(graph_statistics(attention_bhnn, mask_bn, parts=self.parts), mask_bn)
+
+    def count(self, found: GraphStatistics, mask_bn: Mask) -> None:
+        """Add a batch of which the statistics, those of `parts`, are known."""
         by_head = _by_head(found, mask_bn)
         values_bph = torch.stack([by_head[name] for name in self.names], 1).to(self.sums.device)
         long_b = (mask_bn.sum(1) > 1).to(self.sums.device)
@@ -340,6 +343,10 @@ class AttentionGraph(Metric):
 
     def compute(self) -> GraphSummary:
         """Over all texts so far."""
+        return self.summary()
+
+    def summary(self) -> GraphSummary:
+        """`compute` of this process alone."""
         means = dict(zip(self.names, self.sums / self.texts, strict=True))
         counts = (self.texts, self.left_out, self.skipped, self.approximate)
         return GraphSummary(means, *(int(count) for count in counts))

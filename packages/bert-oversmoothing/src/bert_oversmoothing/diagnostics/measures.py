@@ -107,14 +107,23 @@ def effective_rank(hidden_bnd: Hidden, mask_bn: Mask, *, centred: bool = False) 
         mask_bn: the real tokens.
         centred: of H minus its row mean.
     """
-    s_bk = singular_values(hidden_bnd, mask_bn, centred=centred)
-    p_bk = s_bk / s_bk.sum(1, keepdim=True)
-    return torch.special.entr(p_bk).sum(1).exp()
+    return effective_rank_of(singular_values(hidden_bnd, mask_bn, centred=centred))
 
 
 def stable_rank(hidden_bnd: Hidden, mask_bn: Mask, *, centred: bool = False) -> PerText:
     """||H||_F^2 / ||H||_2^2, 1..min(n, d); float64. Arguments and NaN as `effective_rank`."""
-    square_bk = singular_values(hidden_bnd, mask_bn, centred=centred).square()
+    return stable_rank_of(singular_values(hidden_bnd, mask_bn, centred=centred))
+
+
+def effective_rank_of(s_bk: Float[Tensor, "batch smaller"]) -> PerText:
+    """`effective_rank`, from what `singular_values` gave."""
+    p_bk = s_bk / s_bk.sum(1, keepdim=True)
+    return torch.special.entr(p_bk).sum(1).exp()
+
+
+def stable_rank_of(s_bk: Float[Tensor, "batch smaller"]) -> PerText:
+    """`stable_rank`, from what `singular_values` gave."""
+    square_bk = s_bk.square()
     return square_bk.sum(1) / square_bk.amax(1)
 
 

@@ -18,11 +18,12 @@ from torchmetrics import Metric
 
 from bert_oversmoothing.diagnostics.measures import (
     distances,
-    effective_rank,
+    effective_rank_of,
     mad,
     mad_of_units,
     scale_statistics,
-    stable_rank,
+    singular_values,
+    stable_rank_of,
     unit_rows,
     zero_tokens,
 )
@@ -121,7 +122,7 @@ class BetweenSummary(NamedTuple):
     zero_tokens: int
 
 
-class _PerText(Metric):
+class PerText(Metric):
     """Sums and histograms of values that are 0 or more, one for each text.
 
     Args:
@@ -196,7 +197,7 @@ class _PerText(Metric):
         return torch.lerp(value_k2[:, 0], value_k2[:, 1], place_k.frac())
 
 
-class TokenCosine(_PerText):
+class TokenCosine(PerText):
     """Mean cosine between the tokens of a text (`measures.cosine`).
 
     1 - cosine is what is kept, so that mean, spread and quantiles stay precise near 1.
@@ -228,7 +229,7 @@ class TokenCosine(_PerText):
         return CosineSummary(self.spreads()[0].one_minus(), int(self.zero_tokens))
 
 
-class RankOneDistance(_PerText):
+class RankOneDistance(PerText):
     """Distance to equal tokens: d_M, d_M / ||H||_F, high-frequency ratio and MAD.
 
     A text whose row mean is zero has no high-frequency ratio, and one whose tokens are all zero no
@@ -252,7 +253,7 @@ class RankOneDistance(_PerText):
         return DistanceSummary(*self.spreads())
 
 
-class EffectiveRank(_PerText):
+class EffectiveRank(PerText):
     """Effective and stable rank, of the states and of the states minus their row mean.
 
     An eigenvalue decomposition for each text: meant for a sample of the corpus. A text whose tokens
@@ -269,11 +270,8 @@ class EffectiveRank(_PerText):
         self, hidden_bnd: Float[Tensor, "batch tokens width"], mask_bn: Bool[Tensor, "batch tokens"]
     ) -> None:
         """Count a batch of texts; the mask is True at the real tokens."""
-        ranks = [
-            rank(hidden_bnd, mask_bn, centred=centred)
-            for rank in (effective_rank, stable_rank)
-            for centred in (False, True)
-        ]
+        values = [singular_values(hidden_bnd, mask_bn, centred=centred) for centred in (False, True)]
+        ranks = [rank(s_bk) for rank in (effective_rank_of, stable_rank_of) for s_bk in values]
         self.count(tuple(ranks), mask_bn)
 
     def compute(self) -> RankSummary:
@@ -281,7 +279,7 @@ class EffectiveRank(_PerText):
         return RankSummary(*self.spreads())
 
 
-class LayerNormScale(_PerText):
+class LayerNormScale(PerText):
     """Standard deviations that a layer norm divides by: minimum, 5 %, median and mean of a text.
 
     Args:

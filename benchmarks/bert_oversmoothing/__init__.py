@@ -1,0 +1,1 @@
+"""What fusion of all layers claims."""
