@@ -14,7 +14,6 @@ Of real sentences:
 - minilm: what an analysis says of a trained encoder (see `minilm`).
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,12 +112,8 @@ def _shared(results: Results, seeds: range) -> None:
 
 def _sst2(results: Results, seeds: range) -> None:
     chosen = seeds[: sst2.SEEDS]
-    start = time.perf_counter()
     found = sst2.compare_fusions(_folder("sst2"), chosen)
-    minutes = (time.perf_counter() - start) / 60
-    # of a run that went on where another was interrupted, the longest part is what is known
-    minutes = max(minutes, results.runs.get("sst2", {}).get("minutes", 0.0))
-    results.runs["sst2"] = {"seeds": len(chosen), "minutes": minutes, "runs": found}
+    results.runs["sst2"] = {"seeds": len(chosen), "runs": found}
 
 
 def _minilm(results: Results, seeds: range) -> None:

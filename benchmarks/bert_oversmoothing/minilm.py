@@ -82,9 +82,8 @@ def text(found: dict[str, Any]) -> str:
     rise, shared = inside[top] - inside[0], between[top] - between[0]
     return (
         f"Its verdict on {found['texts']} texts: *over-smoothing {verdict['word']}: "
-        f"{verdict['sentence']}*. Up to layer {top} the cosine inside a text rises by {rise:.2f}, and "
-        f"that between tokens of different texts by {shared:.2f}: {100 * shared / rise:.0f} % of the "
-        f"rise is an offset that all texts share. In layer {last} tokens of different texts have a "
-        f"cosine of {between[last]:.2f}, those of one text {inside[last]:.2f}: the model is trained to "
-        "tell sentences apart, and there the tokens of a text do become alike."
+        f"{verdict['sentence']}*. Up to layer {top} the cosine inside a text rises by {rise:.2f}, "
+        f"and that between tokens of different texts by {shared:.2f}: {100 * shared / rise:.0f} % "
+        f"of the rise is an offset that all texts share. In layer {last} tokens of different texts "
+        f"have a cosine of {between[last]:.2f}, those of one text {inside[last]:.2f}."
     )

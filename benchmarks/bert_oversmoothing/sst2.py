@@ -9,8 +9,10 @@ that holds sst2/train.tsv, dev.tsv and test.tsv.
 import json
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def sentences(*splits: str) -> list[str]:
 
 
 def compare_fusions(out: Path, seeds: Sequence[int]) -> dict[str, Run]:
-    """Pre-train and fine-tune with every seed, unless that is done.
+    """Pre-train and fine-tune with every seed on one thread, unless that is done.
 
     Args:
         out: folder of the runs and of results.json.
@@ -76,20 +78,28 @@ def compare_fusions(out: Path, seeds: Sequence[int]) -> dict[str, Run]:
     kept = out / "results.json"
     found: dict[str, Run] = json.loads(kept.read_text()) if kept.is_file() else {}
 
-    def keep(key: str, run: Run) -> None:
-        found[key] = run
+    def once(key: str, work: Callable[[], Run]) -> None:
+        if key in found:
+            return
+        start = time.process_time()
+        run = work()
+        found[key] = run | {"cpu_s": time.process_time() - start}
         out.mkdir(parents=True, exist_ok=True)
         with atomic_file(kept) as file:
             file.write(json.dumps(found, indent=1).encode())
         print(key, {name: value for name, value in run.items() if name != "layers"}, flush=True)
 
-    for seed in seeds:
-        plain = out / f"{seed}-plain"
-        if f"{seed} mlm" not in found:
-            keep(f"{seed} mlm", pretrain(out / f"{seed}-mlm", plain, seed))
-        for fusion in FUSIONS:
-            if f"{seed} {fusion}" not in found:
-                keep(f"{seed} {fusion}", fine_tune(out / f"{seed}-{fusion}", plain, fusion, seed))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for seed in seeds:
+            plain = out / f"{seed}-plain"
+            once(f"{seed} mlm", partial(pretrain, out / f"{seed}-mlm", plain, seed))
+            for fusion in FUSIONS:
+                work = out / f"{seed}-{fusion}"
+                once(f"{seed} {fusion}", partial(fine_tune, work, plain, fusion, seed))
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 
@@ -189,13 +199,16 @@ def alike(net: FusionModel, data: OversmoothingData) -> Run:
 
 def heading(content: Mapping[str, Any]) -> str:
     """What was done."""
-    losses = [run["loss"] for key, run in content["runs"].items() if key.endswith("mlm")]
+    runs = content["runs"]
+    losses = [run["loss"] for key, run in runs.items() if key.endswith("mlm")]
+    minutes = sum(run["cpu_s"] for run in runs.values()) / 60
     return (
-        f"SST-2 ({content['seeds']} seeds, {content['minutes']:.0f} minutes): a BERT of "
-        f"{BERT['num_hidden_layers']} blocks of width {BERT['hidden_size']}, {MLM_EPOCHS} epochs of "
-        f"hidden words of its own 6,920 sentences (rate {MLM_LR:g}; {plain(losses, 2)} nats a word at "
-        f"the end), then {EPOCHS} epochs of sentiment (rate {LR:g}, of the fusion {FUSION_LR:g}, "
-        "which starts as the last layer). Accuracy in per cent, intervals of 95 % over seeds:"
+        f"SST-2 ({content['seeds']} seeds, {minutes:.0f} minutes of one thread): a BERT of "
+        f"{BERT['num_hidden_layers']} blocks of width {BERT['hidden_size']}, {MLM_EPOCHS} epochs "
+        f"of hidden words of its own 6,920 sentences (rate {MLM_LR:g}; {plain(losses, 2)} nats a "
+        f"word at the end), then {EPOCHS} epochs of sentiment (rate {LR:g}, of the "
+        f"fusion {FUSION_LR:g}, which starts as the last layer). Accuracy in per cent, intervals "
+        "of 95 % over seeds:"
     )
 
 

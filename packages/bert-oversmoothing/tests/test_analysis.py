@@ -9,7 +9,7 @@ import torch
 
 from bert_oversmoothing.analysis import OversmoothingReport, analyze, result
 from bert_oversmoothing.analysis.sample import choose
-from bert_oversmoothing.families import read_encoder
+from bert_oversmoothing.families import FAMILIES, read_encoder
 from bert_oversmoothing.report import Tables
 from bert_oversmoothing.report.tables import HEAD_COLUMNS, LAYER_COLUMNS, TOKEN_COLUMNS
 
@@ -386,6 +386,34 @@ def test_a_modernbert_is_measured_before_its_final_norm_and_has_no_bound(tiny, w
     assert len(tables.heads) == 12
     assert all(row["vo_norm"] > 0 for row in tables.heads)
     assert "gated" in report.summary()
+
+
+@pytest.mark.parametrize(
+    "family",
+    [*FAMILIES, "albert-groups", "deberta-v2-conv", "dinov2-swiglu", "beit-plain", "bert-decoder"],
+)
+def test_every_family_is_analysed(tiny, family):
+    model, batch = tiny(family)
+    tables = analyze(model, None, [batch]).tables
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    masks = batch.get("attention_mask", torch.ones(states[0].shape[:2])).bool()
+    # The last state of ModernBERT has been normed.
+    shown = states[:-1] if family == "modernbert" else states
+    wanted = [
+        np.mean([cosine(h[m].double().numpy()) for h, m in zip(state, masks, strict=True)])
+        for state in shown
+    ]
+    assert tables.column("cosine")[: len(shown)] == pytest.approx(wanted, abs=2e-5)
+    terms = [name for name in LAYER_COLUMNS if name.startswith("log_")]
+    parts = set(terms) - {"log_contraction", "log_final_norm"}
+    for row in tables.layers[1:]:
+        total = sum(row[name] for name in parts if row.get(name) is not None)
+        assert row["log_contraction"] == pytest.approx(total, abs=1e-9)
+        # Jensen: the mean of the logarithms is no more than that of the factors.
+        assert row["log_contraction"] <= math.log(row["contraction"]) + 1e-9
+        assert row["sigma2_min"] > 0
+    assert len(tables.heads) == 4 * (len(states) - 1)
 
 
 # -- what must not matter -----------------------------------------------------------------------

@@ -53,7 +53,7 @@ def analyze(
     images: bool = False,
     max_length: int = 128,
     batch_size: int = 16,
-    metrics: Sequence[Metric] = METRICS,
+    metrics: Sequence[str] = METRICS,
     exclude_special: bool = False,
     limit: int | None = None,
     attn: Attention = "eager",
