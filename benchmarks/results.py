@@ -25,6 +25,7 @@ class Results:
 
     def __init__(self, kind: str, name: str, folder: Path = FOLDER, *, fresh: bool = False) -> None:
         """Opens folder/<kind>/<name>.json, or begins it anew."""
+        self.kind = kind
         self.path = folder / kind / f"{name}.json"
         self.content: dict[str, Any] = {"machine": report(), "runs": {}}
         if self.path.is_file() and not fresh:
@@ -53,6 +54,16 @@ class Results:
         text = json.dumps(self.content, indent=1, sort_keys=True) + "\n"
         with atomic_file(self.path) as file:
             file.write(text.encode())
+
+    def publish(self, readme: Path, text: str) -> None:
+        """Writes the tables beside the results and into their block of a README, and prints them.
+
+        Raises:
+            UserError: the README has no such block.
+        """
+        self.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        replace_block(readme, self.kind, text)
+        print(text)
 
 
 def _machine() -> str:

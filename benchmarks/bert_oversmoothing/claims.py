@@ -69,10 +69,7 @@ def run(seeds: int = 5, only: str | None = None) -> None:
     for name in [only] if only else parts:
         parts[name](results, range(seeds))
         results.write()
-    text = tables(results.content)
-    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    replace_block(README, "claims", text)
+    results.publish(README, tables(results.content))
     if "minilm" in results.runs:
         replace_block(README, "minilm", minilm.text(results.runs["minilm"]))
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from benchmarks.bert_oversmoothing.minilm import open_minilm
 from benchmarks.bert_oversmoothing.sst2 import sentences
-from benchmarks.results import Results, markdown, replace_block
+from benchmarks.results import Results, markdown
 from bert_oversmoothing.analysis.corpus import Texts
 from bert_oversmoothing.analysis.sample import choose, draw
 from bert_oversmoothing.analysis.streaming import run_batch, stream
@@ -57,10 +57,7 @@ def run(seeds: int = 1, only: str | None = None) -> None:
             print(name, "done", flush=True)
     finally:
         torch.set_num_threads(threads)
-    text = tables(results.content)
-    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    replace_block(README, "speed", text)
-    print(text)
+    results.publish(README, tables(results.content))
 
 
 # -- analyze ---------------------------------------------------------------------------------------

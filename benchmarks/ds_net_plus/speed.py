@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.ds_net_plus.tables import README
-from benchmarks.results import Results, markdown, replace_block
+from benchmarks.results import Results, markdown
 from ds_net_plus.commands.measuring import compare_execution
 from ds_net_plus.evaluate import collect
 from ds_net_plus.measure import (
@@ -60,10 +60,7 @@ def run(seeds: int = 1, only: str | None = None) -> None:
 
 def write_tables(results: Results) -> None:
     """Writes the tables beside the results, and the block of the package's README."""
-    text = tables(results.runs)
-    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    replace_block(README, "speed", text)
-    print(text)
+    results.publish(README, tables(results.runs))
 
 
 def _device() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.filip_vl import emoji
-from benchmarks.results import Results, cell, markdown, plain, replace_block, work_folder
+from benchmarks.results import Results, cell, markdown, plain, work_folder
 from filip_vl.comparison import CHANCE, METRICS, RECIPES, compare_shapes
 from tenfold.errors import UserError
 
@@ -42,10 +42,7 @@ def run(seeds: int = 5, only: str | None = None) -> None:
         results.write()
         if name == "emoji":
             emoji.draw_searches(work_folder("filip-vl") / name)
-    text = tables(results.content)
-    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    replace_block(README, "claims", text)
-    print(text)
+    results.publish(README, tables(results.content))
 
 
 def tables(content: Mapping[str, Any]) -> str:

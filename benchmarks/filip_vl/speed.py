@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.results import Results, markdown, replace_block, work_folder
+from benchmarks.results import Results, markdown, work_folder
 from filip_vl.commands.bench_loss import Cost, Pairs, make_pairs, measure
 from filip_vl.comparison import RECIPES, fit_recipe
 from filip_vl.index import (
@@ -74,10 +74,7 @@ def run(seeds: int = 1, only: str | None = None) -> None:
             print(name, "done", flush=True)
     finally:
         torch.set_num_threads(threads)
-    text = tables(results.content)
-    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    replace_block(README, "speed", text)
-    print(text)
+    results.publish(README, tables(results.content))
 
 
 # -- loss --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.results import Results, markdown, replace_block
+from benchmarks.results import Results, markdown
 from ickd import zoo
 from ickd.compiling import CompiledNetwork
 from ickd.folding import fold
@@ -40,10 +40,7 @@ def run(seeds: int = 1, only: str | None = None) -> None:
             results.runs[name] = part()
             results.write()
             print(name, "done", flush=True)
-    text = tables(results.runs)
-    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    replace_block(README, "speed", text)
-    print(text)
+    results.publish(README, tables(results.runs))
 
 
 def _device() -> str:

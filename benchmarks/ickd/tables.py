@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Results, cell, markdown, plain, replace_block
+from benchmarks.results import Results, cell, markdown, plain
 from ickd.scores import ALONE
 
 README = Path("packages/ickd/README.md")
@@ -21,10 +21,7 @@ def write_tables(results: Results) -> None:
     """Writes the tables beside the results, and the blocks of the README."""
     parts = {name: scores(results.runs, name) for name in TITLES}
     texts = [table(name, found) for name, found in parts.items() if found]
-    text = "\n\n".join(texts)
-    results.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    replace_block(README, "claims", text)
-    print(text)
+    results.publish(README, "\n\n".join(texts))
 
 
 def scores(runs: dict[str, Any], part: str) -> dict[str, dict[int, dict[str, Any]]]:

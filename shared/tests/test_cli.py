@@ -146,6 +146,20 @@ def test_optional_words_lists_and_words_of_python(run, line, wanted):
     assert importlib.import_module("toy.commands").calls[-1] == wanted
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("several one", ("one", None, "")),
+        ("several one two", ("one", ["two"], "")),
+        ("several one two 3 [four] --last x", ("one", ["two", "3", "[four]"], "x")),
+        ("several one --names [a,b]", ("one", ["a", "b"], "")),
+    ],
+)
+def test_a_list_of_words_takes_all_that_are_left(run, line, wanted):
+    assert run(line) == 0
+    assert importlib.import_module("toy.commands").calls[-1] == wanted
+
+
 def test_help_spells_an_option_as_it_is_typed(run, capsys):
     assert run("show --help") == 0
     text = capsys.readouterr().out

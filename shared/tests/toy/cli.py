@@ -12,6 +12,7 @@ app = App(
         "work": Command("toy.commands:work", "do some work"),
         "fail": Command("toy.commands:fail", "fail in many ways"),
         "show": Command("toy.commands:show", "show something"),
+        "several": Command("toy.commands:several", "take many words"),
     },
     shortcuts={"route": "model.init_args.route"},
 )

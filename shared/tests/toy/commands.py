@@ -65,3 +65,14 @@ def show(
         sizes: In pixels.
     """
     calls.append((action, name, from_, sizes))
+
+
+def several(first: str, names: list[str] | None = None, *, last: str = "") -> None:
+    """Takes many.
+
+    Args:
+        first: One.
+        names: All others.
+        last: Behind them.
+    """
+    calls.append((first, names, last))

@@ -62,10 +62,13 @@ def _who(rows: Sequence[Row]) -> list[str]:
     for name, columns in groups.items():
         values = [row[c] for row in rows for c in columns if isinstance(row.get(c), float)]
         if values:
-            told.append(f"{name} {sum(float(v) for v in values if v is not None):+.1f}")
+            told.append((name, sum(float(v) for v in values if v is not None)))
     if not told:
         return []
-    return [f"of ln d_M {', '.join(told)}"]
+    name, value = told[0]
+    others = "".join(f", {name} {value:+.1f}" for name, value in told[1:])
+    verb = "contribute" if name == "norms" else "contributes"
+    return [f"{name} {verb} {value:+.1f} of ln d_M{others}"]
 
 
 def _bound(rows: Sequence[Row], encoder: Encoder) -> str:
