@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
 from bert_oversmoothing.data.buckets import BucketSampler
 from bert_oversmoothing.data.features import ChoiceItems, Encoder, PadCollate, TextItems
@@ -426,6 +426,9 @@ def test_a_tokenizer_that_is_not_there_is_told_in_one_line(tmp_path, monkeypatch
     with pytest.raises(UserError, match="no tokenizer: ") as got:
         open_tokenizer(str(tmp_path))
     assert "\n" not in str(got.value)
+    BertConfig(vocab_size=9).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="vocabulary is empty"):
+        open_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_of_the_cache_is_read_without_the_network(tokenizer_folder, monkeypatch):

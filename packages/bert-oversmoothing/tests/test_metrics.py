@@ -14,8 +14,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bert_oversmoothing.diagnostics import (
+    AttentionGraph,
     BetweenTextCosine,
     EffectiveRank,
+    LayerCKA,
     LayerNormScale,
     RankOneDistance,
     Spread,
@@ -259,6 +261,17 @@ def test_forward_gives_the_batch_and_counts_it():
     assert same(metric.compute(), alone.compute())
 
 
+def layers_and_graph(hidden: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
+    """Likeness of two layers and the graph of two heads, both made of finite states."""
+    h = hidden.nan_to_num(0.0, 0.0, 0.0)
+    cka, graph = LayerCKA(), AttentionGraph(num_heads=2)
+    cka.update([h, h.square()], mask)
+    graph.update(torch.stack([(scale * h @ h.mT).softmax(-1) for scale in (1, 3)], 1), mask)
+    summary = graph.compute()
+    heads = torch.stack([*summary.means.values()]).flatten().tolist()
+    return cka.compute().flatten().tolist(), [*heads, *map(float, summary[1:])]
+
+
 class Ranks(PackageContract):
     """What the processes run."""
 
@@ -280,6 +293,7 @@ class Ranks(PackageContract):
             if rank == 0:
                 feed(metric, hidden, mask)
             found[f"{name}, uneven"] = figures(metric.compute())
+        found["cka"], found["graph"] = layers_and_graph(hidden[rank::RANKS], mask[rank::RANKS])
         torch.save(found, f"{folder}/{rank}.pt")
         dist.destroy_process_group()
 
@@ -288,8 +302,11 @@ def test_two_processes_give_the_same(tmp_path):
     codes = in_processes(Ranks(), [("rank", str(tmp_path), rank) for rank in range(RANKS)])
     assert codes == [0, 0], f"the ranks ended with {codes}, see stderr"
     hidden, mask = corpus()
+    cka, graph = layers_and_graph(hidden, mask)
     for rank in range(RANKS):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["cka"] == pytest.approx(cka, rel=1e-10)
+        assert found["graph"] == pytest.approx(graph, rel=1e-10, abs=1e-12)
         for name, metric in metrics().items():
             feed(metric, hidden, mask)
             one = figures(metric.compute())

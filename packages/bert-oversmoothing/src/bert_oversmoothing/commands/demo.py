@@ -20,6 +20,7 @@ from bert_oversmoothing.comparison import (
     steps_within,
 )
 from bert_oversmoothing.report import draw_frozen_probe, draw_odd_run
+from bert_oversmoothing.report.common import head_label
 from tenfold.checkpoint import atomic_file
 from tenfold.console import at_least, columns
 from tenfold.errors import UserError
@@ -30,7 +31,6 @@ FUSIONS = ("concat", "max", "gate")
 _LABELS = {
     BASELINE: "last layer (baseline)",
     "scalar_mix": "scalar mix (ELMo)",
-    "gate_identity": "gate, identity start",
 }
 
 
@@ -81,9 +81,7 @@ def demo(
 
 def label(head: str) -> str:
     """A head's name for people."""
-    if head.startswith("best_layer("):
-        return f"block {head[11:-1]} alone"
-    return _LABELS.get(head, head)
+    return _LABELS.get(head) or head_label(head)
 
 
 def probe_table(results: dict[str, Any]) -> str:

@@ -39,6 +39,10 @@ def open_tokenizer(name: str) -> Any:
     except Exception as error:  # whatever the files of a folder make it raise
         fix = "give a folder with tokenizer.json, or a hub id, as --data.tokenizer"
         raise UserError(f"no tokenizer: {first_line(error)}", where=name, fix=fix) from error
+    # Of a folder without files transformers makes a tokenizer that knows no word.
+    if not {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}:
+        fix = "give the folder that it was trained with, as --data.tokenizer"
+        raise UserError("no tokenizer there, its vocabulary is empty", where=name, fix=fix)
     if tokenizer.pad_token_id is None:
         raise UserError("this tokenizer has no padding token", where=name)
     return tokenizer

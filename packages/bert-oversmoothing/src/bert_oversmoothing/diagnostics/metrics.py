@@ -270,7 +270,9 @@ class EffectiveRank(PerText):
         self, hidden_bnd: Float[Tensor, "batch tokens width"], mask_bn: Bool[Tensor, "batch tokens"]
     ) -> None:
         """Count a batch of texts; the mask is True at the real tokens."""
-        values = [singular_values(hidden_bnd, mask_bn, centred=centred) for centred in (False, True)]
+        values = [
+            singular_values(hidden_bnd, mask_bn, centred=centred) for centred in (False, True)
+        ]
         ranks = [rank(s_bk) for rank in (effective_rank_of, stable_rank_of) for s_bk in values]
         self.count(tuple(ranks), mask_bn)
 

@@ -57,6 +57,9 @@ HALO = [withStroke(linewidth=2.5, foreground=PAPER)]
 """Around texts that may lie over lines."""
 
 
+_HEADS = {"last": "last layer", "gate_identity": "gate, identity start"}
+
+
 def head_colors(names: Sequence[str]) -> dict[str, str]:
     """A colour for each head: grey for the baseline, cool for the fusions, warm for the rest.
 
@@ -71,7 +74,9 @@ def head_colors(names: Sequence[str]) -> dict[str, str]:
 
 def head_label(name: str) -> str:
     """A head's name for people."""
-    return {"last": "last layer"}.get(name, name.replace("_", " ").replace("(", " ("))
+    if name.startswith("best_layer("):
+        return f"block {name[11:-1]} alone"
+    return _HEADS.get(name, name.replace("_", " "))
 
 
 def empty_figure(width: float, height: float, heading: str = "") -> Figure:
