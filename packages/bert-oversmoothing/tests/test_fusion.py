@@ -247,6 +247,16 @@ def test_identity_is_the_last_layer_to_the_bit(options, dtype, gradients):
 
 
 @every_fusion
+@pytest.mark.parametrize("gradients", [True, False], ids=["plain", "streaming"])
+def test_identity_of_states_whose_difference_overflows(options, gradients):
+    fusion = fusion_of(**options, init="identity", num_layers=2).half()
+    high = torch.full((1, 2, WIDTH), 40_000.0, dtype=torch.float16)
+    for layers in ([high, -high], [-high, high]):
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(fusion(layers).hidden, layers[-1])
+
+
+@every_fusion
 def test_identity_passes_the_gradient_to_the_last_layer_alone(options):
     layers = [h.requires_grad_() for h in states()]
     outside = torch.randn(TEXTS, TOKENS, WIDTH)

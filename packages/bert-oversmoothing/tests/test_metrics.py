@@ -183,6 +183,21 @@ def test_quantiles_are_those_of_numpy(seed, texts):
     check_spread(metric.compute().mean, sigma[:, 0], torch.ones(texts, 2, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(("eps", "centred"), [(1e-12, True), (0.3, True), (0.3, False)])
+def test_scale_of_what_a_norm_is_given(eps, centred):
+    hidden, mask = corpus()
+    metric = LayerNormScale(eps, centred=centred)
+    metric.update(hidden, mask)
+    texts = [x[m].numpy() for x, m in zip(hidden, mask, strict=True)]
+    texts = [x for x in texts if len(x) > 1 and np.isfinite(x).all()]
+    sigma = [np.sqrt((x.var(1) if centred else (x**2).mean(1)) + eps) for x in texts]
+    found = metric.compute()
+    quantiles = [np.quantile(s, [0, 0.05, 0.5]) for s in sigma]
+    means = np.mean([[*q, s.mean()] for q, s in zip(quantiles, sigma, strict=True)], axis=0)
+    assert [spread.mean for spread in found[:4]] == pytest.approx(means, rel=1e-12)
+    assert found.overall_minimum == pytest.approx(min(s.min() for s in sigma), rel=1e-12)
+
+
 def test_one_value_is_its_own_quantile():
     metric = TokenCosine()
     h = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]], dtype=torch.float64)

@@ -152,6 +152,22 @@ def singular_values(
     return torch.where((finite_b & (n_b >= 2))[:, None], s_bk, torch.nan)
 
 
+def norm_scale(
+    input_bnd: Float[Tensor, "*batch tokens width"], eps: float = 0.0, *, centred: bool = True
+) -> Float[Tensor, "*batch tokens"]:
+    """What a norm divides each token by: sqrt(var + eps) with the population variance of the width.
+
+    Args:
+        input_bnd: states before the norm.
+        eps: of the norm.
+        centred: False for RMSNorm, which divides by sqrt(mean square + eps).
+    """
+    x_bnd = _promoted(input_bnd)
+    if centred:
+        x_bnd = x_bnd - x_bnd.mean(-1, keepdim=True)
+    return (x_bnd.square().mean(-1) + eps).sqrt()
+
+
 def scale_statistics(sigma_bn: Float[Tensor, "batch tokens"], mask_bn: Mask) -> ScaleStatistics:
     """Minimum, 5 % quantile, median and mean of a value for each token.
 

@@ -21,6 +21,7 @@ from bert_oversmoothing.diagnostics.measures import (
     effective_rank_of,
     mad,
     mad_of_units,
+    norm_scale,
     scale_statistics,
     singular_values,
     stable_rank_of,
@@ -284,23 +285,34 @@ class EffectiveRank(PerText):
 class LayerNormScale(PerText):
     """Standard deviations that a layer norm divides by: minimum, 5 %, median and mean of a text.
 
+    Example:
+        >>> metric = LayerNormScale(eps=norm.eps)
+        >>> hook = norm.register_forward_pre_hook(lambda _, args: metric.update(args[0], mask_bn))
+
     Args:
+        eps: of the norm.
+        centred: False for RMSNorm.
         **kwargs: of `torchmetrics.Metric`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, eps: float = 1e-12, *, centred: bool = True, **kwargs: Any) -> None:
         super().__init__(4, **kwargs)
+        self.eps, self.centred = eps, centred
 
     def update(
-        self, sigma_bn: Float[Tensor, "batch tokens"], mask_bn: Bool[Tensor, "batch tokens"]
+        self,
+        hidden_bnd: Float[Tensor, "batch tokens width"] | Float[Tensor, "batch tokens"],
+        mask_bn: Bool[Tensor, "batch tokens"],
     ) -> None:
         """Count a batch of texts.
 
         Args:
-            sigma_bn: sqrt(var(x) + eps) of each token before the norm.
+            hidden_bnd: what the norm is given; or, without the width, what it divides by.
             mask_bn: True at the real tokens.
         """
-        self.count(scale_statistics(sigma_bn, mask_bn), mask_bn)
+        if hidden_bnd.ndim == 3:
+            hidden_bnd = norm_scale(hidden_bnd, self.eps, centred=self.centred)
+        self.count(scale_statistics(hidden_bnd, mask_bn), mask_bn)
 
     def compute(self) -> ScaleSummary:
         """Over all texts so far."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bert_oversmoothing.diagnostics.measures import norm_scale
 from bert_oversmoothing.families.layouts import FAMILIES, Layout
 from tenfold.errors import UserError
 
@@ -28,10 +28,7 @@ class Norm(NamedTuple):
 
     def sigma(self, input_bnd: Float[Tensor, "*B n d"]) -> Float[Tensor, "*B n"]:
         """The divisor of every token: sqrt(var + eps), or sqrt(mean square + eps) uncentred."""
-        x_bnd = input_bnd if input_bnd.dtype == torch.float64 else input_bnd.float()
-        if self.centred:
-            x_bnd = x_bnd - x_bnd.mean(-1, keepdim=True)
-        return (x_bnd.square().mean(-1) + self.eps).sqrt()
+        return norm_scale(input_bnd, self.eps, centred=self.centred)
 
 
 class BlockTensors(NamedTuple):

@@ -229,7 +229,8 @@ class LayerFusion(nn.Module):
         if self.kind == "scalar_mix":
             fused = self.gamma * fused
         if self.alpha is not None:
-            fused = last + self.alpha * (fused - last)
+            # a difference of two float16 may be too large for one, and 0 * inf is NaN
+            fused = last + self.alpha * (widen(fused) - last)
         if mask is not None and mask.shape != last.shape[:2]:
             what = f"a mask of shape {(*mask.shape,)} for states of {(*last.shape,)}"
             raise UserError(what, where="attention_mask", fix="give (batch, tokens)")
