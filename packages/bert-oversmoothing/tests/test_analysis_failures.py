@@ -95,6 +95,12 @@ def test_an_empty_mask_row_counts_as_an_empty_text(bert):
     assert found.tables.column("cosine") == pytest.approx(wanted.column("cosine"), abs=1e-6)
 
 
+def test_special_tokens_of_batches_are_unknown(bert):
+    batch = {"input_ids": torch.randint(4, 50, (3, 6))}
+    with pytest.raises(UserError, match="batches do not tell which of their tokens are special"):
+        analyze(bert, None, [batch], exclude_special=True)
+
+
 def test_a_limit_takes_the_first_texts(bert, word_tokenizer):
     found = analyze(bert, word_tokenizer(), TEXTS, limit=2, metrics=STATES).tables.run
     assert found["texts"]["given"] == 2

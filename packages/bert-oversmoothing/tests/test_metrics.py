@@ -264,6 +264,16 @@ def test_merged_states_are_one(name):
     assert same(one.compute(), three.compute())
 
 
+@pytest.mark.parametrize("name", metrics())
+def test_a_mask_may_be_that_of_a_tokenizer(name):
+    hidden, mask = corpus()
+    one, two = metrics()[name], metrics()[name]
+    feed(one, hidden, mask)
+    feed(two, hidden, mask.long())
+    assert same(one.compute(), two.compute())
+    assert layers_and_graph(hidden, mask.long()) == layers_and_graph(hidden, mask)
+
+
 def test_forward_gives_the_batch_and_counts_it():
     hidden, mask = corpus()
     metric = TokenCosine()

@@ -116,6 +116,7 @@ def precision(module: DetectionModule, route: int | None, folder: Path, data: VO
     return measured["test/map"]
 
 
+@pytest.mark.slow
 def test_a_short_training_raises_precision(tmp_path):
     torch.manual_seed(0)
     coarse = {"levels": [8], "scales": [0.25, 0.4, 0.6]}

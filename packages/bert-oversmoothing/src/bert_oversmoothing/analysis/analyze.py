@@ -192,6 +192,9 @@ def _corpus(
     if images:
         return Images(texts, tokenizer, prefix_tokens(encoder.model) if exclude_special else 0)
     if isinstance(texts[0], Mapping):
+        if exclude_special:
+            what = "batches do not tell which of their tokens are special"
+            raise UserError(what, where="exclude_special", fix="give texts and a tokenizer")
         return Ready(texts)
     if tokenizer is None:
         raise UserError("texts need a tokenizer", fix="give that of the model")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -313,16 +313,19 @@ class AttentionGraph(Metric):
             self.add_state(count, torch.tensor(0), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, attention_bhnn: Attention, mask_bn: Mask) -> None:
+    def update(
+        self, attention_bhnn: Attention, mask_bn: Mask | Int[Tensor, "texts tokens"]
+    ) -> None:
         """Add a batch.
 
         Args:
             attention_bhnn: weights.
-            mask_bn: True for real tokens.
+            mask_bn: True or not 0 for real tokens.
 
         Raises:
             ValueError: another number of heads.
         """
+        mask_bn = mask_bn.bool()
         if attention_bhnn.shape[1] != self.sums.shape[1]:
             raise ValueError(f"{attention_bhnn.shape[1]} heads, not {self.sums.shape[1]}")
         self.count(graph_statistics(attention_bhnn, mask_bn, parts=self.parts), mask_bn)

@@ -12,7 +12,7 @@ A quantile comes from the histogram: it is what `numpy.quantile` gives, to 1.1 %
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -28,6 +28,9 @@ from bert_oversmoothing.diagnostics.measures import (
     unit_rows,
     zero_tokens,
 )
+
+Hidden = Float[Tensor, "batch tokens width"]
+Mask = Bool[Tensor, "batch tokens"] | Int[Tensor, "batch tokens"]  # as tokenizers give it
 
 QUANTILES = (0.05, 0.95)
 
@@ -218,10 +221,9 @@ class TokenCosine(PerText):
         super().__init__(1, **kwargs)
         self.add_state("zero_tokens", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(
-        self, hidden_bnd: Float[Tensor, "batch tokens width"], mask_bn: Bool[Tensor, "batch tokens"]
-    ) -> None:
-        """Count a batch of texts; the mask is True at the real tokens."""
+    def update(self, hidden_bnd: Hidden, mask_bn: Mask) -> None:
+        """Count a batch of texts; the mask is True or not 0 at the real tokens."""
+        mask_bn = mask_bn.bool()
         self.count((mad(hidden_bnd, mask_bn),), mask_bn)
         self.zero_tokens += _zero_tokens(hidden_bnd, mask_bn).to(self.zero_tokens.device)
 
@@ -243,10 +245,9 @@ class RankOneDistance(PerText):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(4, **kwargs)
 
-    def update(
-        self, hidden_bnd: Float[Tensor, "batch tokens width"], mask_bn: Bool[Tensor, "batch tokens"]
-    ) -> None:
-        """Count a batch of texts; the mask is True at the real tokens."""
+    def update(self, hidden_bnd: Hidden, mask_bn: Mask) -> None:
+        """Count a batch of texts; the mask is True or not 0 at the real tokens."""
+        mask_bn = mask_bn.bool()
         self.count((*distances(hidden_bnd, mask_bn), mad(hidden_bnd, mask_bn)), mask_bn)
 
     def compute(self) -> DistanceSummary:
@@ -267,10 +268,9 @@ class EffectiveRank(PerText):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(4, **kwargs)
 
-    def update(
-        self, hidden_bnd: Float[Tensor, "batch tokens width"], mask_bn: Bool[Tensor, "batch tokens"]
-    ) -> None:
-        """Count a batch of texts; the mask is True at the real tokens."""
+    def update(self, hidden_bnd: Hidden, mask_bn: Mask) -> None:
+        """Count a batch of texts; the mask is True or not 0 at the real tokens."""
+        mask_bn = mask_bn.bool()
         values = [
             singular_values(hidden_bnd, mask_bn, centred=centred) for centred in (False, True)
         ]
@@ -299,17 +299,14 @@ class LayerNormScale(PerText):
         super().__init__(4, **kwargs)
         self.eps, self.centred = eps, centred
 
-    def update(
-        self,
-        hidden_bnd: Float[Tensor, "batch tokens width"] | Float[Tensor, "batch tokens"],
-        mask_bn: Bool[Tensor, "batch tokens"],
-    ) -> None:
+    def update(self, hidden_bnd: Hidden | Float[Tensor, "batch tokens"], mask_bn: Mask) -> None:
         """Count a batch of texts.
 
         Args:
             hidden_bnd: what the norm is given; or, without the width, what it divides by.
-            mask_bn: True at the real tokens.
+            mask_bn: True or not 0 at the real tokens.
         """
+        mask_bn = mask_bn.bool()
         if hidden_bnd.ndim == 3:
             hidden_bnd = norm_scale(hidden_bnd, self.eps, centred=self.centred)
         self.count(scale_statistics(hidden_bnd, mask_bn), mask_bn)
@@ -355,14 +352,13 @@ class BetweenTextCosine(Metric):
         for state in ("tokens", "own_pairs", "texts", "left_out", "skipped", "zero_tokens"):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(
-        self, hidden_bnd: Float[Tensor, "batch tokens width"], mask_bn: Bool[Tensor, "batch tokens"]
-    ) -> None:
-        """Count a batch of texts; the mask is True at the real tokens.
+    def update(self, hidden_bnd: Hidden, mask_bn: Mask) -> None:
+        """Count a batch of texts; the mask is True or not 0 at the real tokens.
 
         Raises:
             ValueError: tokens of another width.
         """
+        mask_bn = mask_bn.bool()
         if hidden_bnd.shape[2] != len(self.total):
             raise ValueError(f"tokens have {hidden_bnd.shape[2]} features, not {len(self.total)}")
         u_bnd = unit_rows(hidden_bnd, mask_bn)
@@ -392,9 +388,7 @@ class BetweenTextCosine(Metric):
         return BetweenSummary._make((*figures, *(int(count) for count in counts)))
 
 
-def _zero_tokens(
-    hidden_bnd: Float[Tensor, "batch tokens width"], mask_bn: Bool[Tensor, "batch tokens"]
-) -> Tensor:
+def _zero_tokens(hidden_bnd: Hidden, mask_bn: Bool[Tensor, "batch tokens"]) -> Tensor:
     """Zero vectors in texts that count."""
     counted_b = mask_bn.sum(1) >= 2
     return (zero_tokens(hidden_bnd, mask_bn) * counted_b).sum()

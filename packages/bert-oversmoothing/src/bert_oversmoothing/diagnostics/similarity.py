@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -88,14 +88,15 @@ class LayerCKA(Metric):
     def update(
         self,
         hidden_kbnd: Sequence[Float[Tensor, "texts tokens width"]],
-        mask_bn: Bool[Tensor, "texts tokens"],
+        mask_bn: Bool[Tensor, "texts tokens"] | Int[Tensor, "texts tokens"],
     ) -> None:
         """Add a batch.
 
         Args:
             hidden_kbnd: the states of every layer, all of one width; anything at padded tokens.
-            mask_bn: True for real tokens.
+            mask_bn: True or not 0 for real tokens.
         """
+        mask_bn = mask_bn.bool()
         # Tokens first, for processes join their states along that axis.
         self.states.append(torch.stack([hidden[mask_bn] for hidden in hidden_kbnd], 1))
 
