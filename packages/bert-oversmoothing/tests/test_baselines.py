@@ -175,6 +175,15 @@ def test_padding_on_either_side_changes_no_token(kind):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
+def test_a_mask_may_be_that_of_a_tokenizer(kind):
+    block, hidden = noisy(BLOCKS[kind](WIDTH, HEADS, 2)), tokens(2, 7)
+    mask = torch.arange(7) < torch.tensor([[4], [7]])
+    assert torch.equal(block(hidden, mask.long()).hidden, block(hidden, mask).hidden)
+    loss = TokenSimilarityLoss(1.3)
+    assert loss(hidden, mask.long()).item() == loss(hidden, mask).item() > 0
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_a_text_of_padding_alone_stays_finite(kind):
     block = noisy(BLOCKS[kind](WIDTH, HEADS, 2))
     hidden = tokens(2, 4).requires_grad_()

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Remedy = Literal["none", "attnscale", "featscale", "neutreno"]
@@ -211,17 +211,18 @@ class Block(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "b n d"],
-        mask: Bool[Tensor, "b n"] | None = None,
+        mask: Bool[Tensor, "b n"] | Int[Tensor, "b n"] | None = None,
         first_value: Float[Tensor, "b h n e"] | None = None,
     ) -> BlockOutput:
         """The tokens after the block.
 
         Args:
             hidden: the tokens before it.
-            mask: True where a token is real; padding changes no real token, and what comes out at
-                its own places means nothing.
+            mask: True or not 0 where a token is real; padding changes no real token, and what comes
+                out at its own places means nothing.
             first_value: values of the first block, None in that block; NeuTRENO alone reads them.
         """
+        mask = None if mask is None else mask.bool()
         branch, value = self.attn(self.norm1(hidden), mask, first_value)
         hidden = hidden + self._scaled(branch, mask)
         return BlockOutput(hidden + self.mlp(self.norm2(hidden)), value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -28,7 +28,7 @@ class TokenSimilarityLoss(nn.Module):
 
     Example:
         >>> loss = TokenSimilarityLoss()
-        >>> total = task_loss + loss(hidden_states[-1], attention_mask.bool())
+        >>> total = task_loss + loss(hidden_states[-1], attention_mask)
     """
 
     def __init__(self, margin: float = 0.5, weight: float = 1.0) -> None:
@@ -40,14 +40,15 @@ class TokenSimilarityLoss(nn.Module):
         self.margin, self.weight = margin, weight
 
     def forward(
-        self, hidden_bnd: Float[Tensor, "b n d"], mask_bn: Bool[Tensor, "b n"]
+        self, hidden_bnd: Float[Tensor, "b n d"], mask_bn: Bool[Tensor, "b n"] | Int[Tensor, "b n"]
     ) -> Float[Tensor, ""]:
         """The loss of a batch.
 
         Args:
             hidden_bnd: tokens of any float type.
-            mask_bn: True where a token is real.
+            mask_bn: True or not 0 where a token is real.
         """
+        mask_bn = mask_bn.bool()
         dtype = torch.promote_types(hidden_bnd.dtype, torch.float32)
         with torch.autocast(hidden_bnd.device.type, enabled=False):
             # filled first: what stands in padding, NaN included, must reach no gradient
