@@ -76,7 +76,7 @@ def analyzing() -> dict[str, Any]:
         corpus.usable = rows[part::PARTS]  # the longest first, so that all parts are alike
 
         def plain() -> None:
-            with torch.inference_mode():
+            with torch.no_grad():
                 for batch in corpus.batches(corpus.usable, BATCH):
                     run_batch(model, batch)
 
@@ -90,7 +90,7 @@ def analyzing() -> dict[str, Any]:
     model.set_attn_implementation("eager")
 
     def eager() -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in corpus.batches(chosen, BATCH):
                 run_batch(model, batch)
 
@@ -146,7 +146,7 @@ def _fused(blocks: int, width: int, heads: int) -> dict[str, float]:
     mask = torch.ones_like(ids)
 
     def pass_(model: torch.nn.Module) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             model(input_ids=ids, attention_mask=mask)
 
     steps = {name: (lambda model=model: pass_(model)) for name, model in models.items()}

@@ -53,6 +53,20 @@ def test_fit_writes_its_config_and_test_needs_no_more_than_the_checkpoint(run, t
     assert (table[0], len(table)) == ("first,last", 7)  # three batches of two
 
 
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [("", False), ("--trainer.precision bf16-mixed", True), ("--trainer.precision=16-mixed", True)],
+)
+def test_the_precision_of_a_recipe_is_that_of_accelerators(run, tmp_path, capfd, typed, kept):
+    (tmp_path / "mine.yaml").write_text(
+        "trainer: {max_epochs: 1, accelerator: cpu, precision: bf16-mixed}\n"
+    )
+    run(f"fit --config demo --config mine.yaml {typed}")
+    told = capfd.readouterr().err
+    assert ("on this CPU the precision is 32-true" in told) == (not kept)
+    assert ("Automatic Mixed Precision" in told) == (kept and "bf16" in typed)
+
+
 def test_a_class_that_a_recipe_names_keeps_its_own_defaults(run, tmp_path):
     # not those that the app's class has for arguments of the same names
     (tmp_path / "mine.yaml").write_text(

@@ -668,7 +668,7 @@ def test_the_odd_run_has_a_bar_a_head_and_a_dot_a_seed():
     assert [list(np.asarray(each)) for each in dots] == [ODD["em"][head] for head in order]
     named = [label.get_text().replace("\n", " ") for label in ax.get_xticklabels()]
     assert named[0] == "last layer"
-    assert named[-1] == "best layer (3)"
+    assert named[-1] == "block 3 alone"
     after = [list(np.asarray(each.get_ydata())) for each in similarity.lines]
     assert all(values in after for values in ODD["cosine_after"].values())
     assert line(similarity, "before training")[1].tolist() == ODD["cosine_before"]

@@ -31,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from tenfold.checkpoint import load_state
 from tenfold.cli import VERBS, App, cause, load, parse_error, underscored
+from tenfold.device import pick_device
 from tenfold.errors import UserError
 from tenfold.predictions import PredictionTable
 from tenfold.progress import PlainProgress, on_terminal
@@ -325,10 +326,20 @@ class VerbCLI(LightningCLI):
         kwargs["enable_progress_bar"] = progress and on_terminal()
         if settings["logger"] is None:
             kwargs["logger"] = run_loggers(self.run.folder, self.verb, self.run.checkpoint)
+        named = any(word.startswith("--trainer.precision") for word in self.run.argv)
+        if settings["precision"] == "bf16-mixed" and not named and _on_cpu(settings["accelerator"]):
+            rank_zero_info("bf16-mixed is for accelerators: on this CPU the precision is 32-true")
+            kwargs["precision"] = "32-true"
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:  # no such accelerator, strategy or precision
             raise UserError(str(error)) from error
+
+
+def _on_cpu(accelerator: Any) -> bool:
+    """Whether what Trainer is told ends on the CPU."""
+    automatic = accelerator in ("auto", None)
+    return accelerator == "cpu" or (automatic and pick_device().type == "cpu")
 
 
 def _class_of(part: str, argv: Sequence[str]) -> str | None:

@@ -54,7 +54,7 @@ def capture(
             encoder has, or the maps are not to be had.
 
     Example:
-        >>> with torch.inference_mode(), capture(encoder, similarity.update):  # doctest: +SKIP
+        >>> with torch.no_grad(), capture(encoder, similarity.update):  # doctest: +SKIP
         ...     model(**batch)
     """
     run = _Run(encoder, states, norms, maps, recompute=attention == "recompute")

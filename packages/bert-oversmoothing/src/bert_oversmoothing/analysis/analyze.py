@@ -231,7 +231,7 @@ def _draw(
     return draw(encoder, corpus, rows, metrics, attention="off", **options)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _gates(encoder: Encoder, corpus: Corpus, fusing: Fusing, row: int) -> dict[str, Any]:
     """The weights of a gate at the tokens of one text that count."""
     batch = next(iter(corpus.batches([row], 1)))

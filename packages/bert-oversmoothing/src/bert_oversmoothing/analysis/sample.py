@@ -80,7 +80,7 @@ def choose(rows: Sequence[int], count: int) -> list[int]:
     return [ordered[place] for place in places]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw(
     encoder: Encoder,
     corpus: Corpus,

@@ -156,7 +156,7 @@ class Fusing:
         return weights if weights is not None and weights.ndim == 3 else None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: BEiT keeps tensors, which a later training could not use
 def stream(
     encoder: Encoder,
     corpus: Corpus,

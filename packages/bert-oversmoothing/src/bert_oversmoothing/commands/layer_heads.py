@@ -76,7 +76,7 @@ def keep_states(
     batches = data.train_dataloader() if split == "train" else data.val_dataloader()
     device = next(encoder.model.parameters()).device
     whole = data.task == "qa"
-    with file.open("wb") as stream, torch.inference_mode():
+    with file.open("wb") as stream, torch.no_grad():
         for batch in track(batches, label=f"states of {split}, batch"):
             mask = batch["attention_mask"]
             texts = mask.flatten(0, -2).bool()
