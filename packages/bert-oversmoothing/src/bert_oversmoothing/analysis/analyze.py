@@ -84,7 +84,7 @@ def analyze(
             "sigma" what norms divide by; "bound" the theorem's; "who" smooths.
         exclude_special: leave [CLS], [SEP] and the like out of the measures of states, and the
             tokens before an image's patches; the graph and the bound always see all tokens.
-        limit: use so many texts at most.
+        limit: use so many texts at most; of ready batches so many batches.
         attn: how attention maps are had: "eager" switches the model for the sample, "recompute"
             takes queries and keys, "off" leaves graph and bound out.
         sample: texts of the sample, 1 or more.

@@ -6,7 +6,7 @@ r singular values; N tokens of all texts of the sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,7 +34,7 @@ from bert_oversmoothing.diagnostics.measures import (
     stable_rank_of,
 )
 from bert_oversmoothing.families import Encoder
-from bert_oversmoothing.report.tables import Row
+from bert_oversmoothing.report.tables import SPREAD_ENDS, Row
 from bert_oversmoothing.theorem import min_sigma
 from tenfold.progress import track
 
@@ -190,15 +190,22 @@ class _Run:
 
 
 def add_columns(rows: list[Row], sample: Sample, metrics: Collection[str]) -> dict[str, np.ndarray]:
-    """Add what the sample tells to the rows of layers.csv; return the arrays of sample.npz."""
+    """Add what the sample tells to the rows of layers.csv; return the arrays of sample.npz.
+
+    Values are means over the sample's texts, those of v_tight and v_paper medians, for one text with
+    a tiny sigma would rule their mean; their deviation is still that from the mean.
+    """
     arrays: dict[str, np.ndarray] = {}
     texts = sample.texts()
     if "cos" in metrics:
         mean_k1d = torch.stack([state.mean(0, keepdim=True) for state in sample.states])
-        _add(rows, "cosine_without_mean", texts, lambda x: cosine(x - mean_k1d, _all(x)))
+        values = [cosine(x - mean_k1d, _all(x)) for _, x in texts]
+        _add(rows, "cosine_without_mean", torch.stack(values, 1))
     if "rank" in metrics:
-        _add(rows, "identity_cosine", texts, lambda x: identity_cosine(x, _origin(x), _all(x)))
-        _add(rows, "identity_accuracy", texts, lambda x: identity_accuracy(x, _origin(x), _all(x)))
+        values = [identity_cosine(x, _origin(x), _all(x)) for _, x in texts]
+        _add(rows, "identity_cosine", torch.stack(values, 1))
+        values = [identity_accuracy(x, _origin(x), _all(x)) for _, x in texts]
+        _add(rows, "identity_accuracy", torch.stack(values, 1))
         arrays["spectrum"] = _add_ranks(rows, texts)
         places = np.linspace(0, len(sample.states[0]) - 1, CKA_TOKENS).round().astype(int)
         chosen = slice(None) if len(sample.states[0]) <= CKA_TOKENS else places
@@ -207,12 +214,11 @@ def add_columns(rows: list[Row], sample: Sample, metrics: Collection[str]) -> di
     if "sigma" in metrics:
         arrays |= _sigma_quantiles(sample, len(rows) - 1)
     if sample.bound is not None:
-        summary = sample.bound.compute()
-        for row, *values in zip(
-            rows[1:], summary.v_tight, summary.v_paper, summary.vacuous_share, strict=True
-        ):
-            names = ("v_tight", "v_paper", "vacuous_share")
-            row |= {name: value for name, value in zip(names, values, strict=True)}
+        tight_bl, paper_bl, _ = sample.bound.per_text().unbind(2)
+        _add(rows[1:], "v_tight", tight_bl.mT, median=True)
+        _add(rows[1:], "v_paper", paper_bl.mT, median=True)
+        for row, value in zip(rows[1:], sample.bound.compute().vacuous_share, strict=True):
+            row["vacuous_share"] = value
     return arrays
 
 
@@ -225,15 +231,18 @@ def _origin(x_knd: Tensor) -> Tensor:
 
 
 def _add(
-    rows: list[Row],
-    name: str,
-    texts: Sequence[tuple[int, Tensor]],
-    measure: Callable[[Tensor], Tensor],
+    rows: Sequence[Row], name: str, value_kb: Float[Tensor, "k b"], *, median: bool = False
 ) -> None:
-    """Mean over the texts of a measure that takes the layers of a text for texts of a batch."""
-    values_kt = torch.stack([measure(x_knd).double() for _, x_knd in texts], 1)
-    for row, value in zip(rows, values_kt.nanmean(1).tolist(), strict=True):
-        row[name] = value
+    """Mean or median over the texts that have a value, population deviation, and quantiles."""
+    value_kb = value_kb.double()
+    value_kb = value_kb.masked_fill(~value_kb.isfinite(), torch.nan)
+    mean_k = value_kb.nanmean(1)
+    std_k = (value_kb - mean_k[:, None]).square().nanmean(1).sqrt()
+    low_k, middle_k, high_k = value_kb.nanquantile(value_kb.new_tensor([0.05, 0.5, 0.95]), dim=1)
+    columns = (middle_k if median else mean_k, std_k, low_k, high_k)
+    for end, column_k in zip(SPREAD_ENDS, columns, strict=True):
+        for row, value in zip(rows, column_k.tolist(), strict=True):
+            row[f"{name}{end}"] = value
 
 
 def _add_ranks(rows: list[Row], texts: Sequence[tuple[int, Tensor]]) -> np.ndarray:
@@ -248,8 +257,7 @@ def _add_ranks(rows: list[Row], texts: Sequence[tuple[int, Tensor]]) -> np.ndarr
             if not centred:
                 spectra.append((s_kr / s_kr.amax(1, keepdim=True)).flip(1))
     for name, of_text in values.items():
-        for row, value in zip(rows, torch.stack(of_text, 1).nanmean(1).tolist(), strict=True):
-            row[name] = value
+        _add(rows, name, torch.stack(of_text, 1))
     longest = max(s.shape[1] for s in spectra)
     padded = [
         torch.nn.functional.pad(s, (0, longest - s.shape[1]), value=torch.nan) for s in spectra

@@ -18,13 +18,13 @@ from bert_oversmoothing.capture import capture
 from bert_oversmoothing.diagnostics.metrics import PerText, Spread, TokenCosine
 from bert_oversmoothing.families import Encoder
 from bert_oversmoothing.fusion import LayerFusion
-from bert_oversmoothing.report.tables import Row
+from bert_oversmoothing.report.tables import SPREAD_ENDS, Row
 from tenfold.errors import UserError
 from tenfold.progress import track
 
 _TOGETHER = 16  # batches that are added up at a time: small sums cost as much as large ones
 
-SPREAD = ("distance", "relative_distance", "high_frequency", "mad")
+_DISTANCES = ("distance", "relative_distance", "high_frequency", "mad")
 
 
 def run_batch(model: nn.Module, batch: Batch) -> None:
@@ -49,9 +49,7 @@ class Sums:
 
     def __init__(self) -> None:
         self.spreads: _Spreads | None = None
-        self.total: dict[str, Tensor] = {}
-        self.count: dict[str, Tensor] = {}
-        self.least: dict[str, Tensor] = {}
+        self.places: list[tuple[str, int]] = []
         self.units: Tensor | float = 0.0
         self.unit_squares: Tensor | float = 0.0
         self.texts = self.tokens = self.own_pairs = self.zero_tokens = 0
@@ -64,18 +62,20 @@ class Sums:
         self.own_pairs += int(n_b.square().sum())
         if found.zeros_kb is not None:
             self.zero_tokens += int(found.zeros_kb.sum())
-        if found.by_layer:
-            measured = {"distance": found.distance_kb} | found.by_layer
-            values = torch.cat([measured[name] for name in SPREAD])
-            self.spreads = self.spreads or _Spreads(len(values))
-            # They have two tokens or more, all of them.
-            self.spreads.count(tuple(values), torch.ones(len(n_b), 2, dtype=torch.bool))
-        for name, value_lb in found.by_block.items():
-            finite_lb = value_lb.isfinite()
-            low_l = torch.where(finite_lb, value_lb, torch.inf).amin(1)
-            self.total[name] = self.total.get(name, 0) + torch.where(finite_lb, value_lb, 0).sum(1)
-            self.count[name] = self.count.get(name, 0) + finite_lb.sum(1)
-            self.least[name] = torch.minimum(self.least.get(name, low_l), low_l)
+        by_layer = {"distance": found.distance_kb} | found.by_layer if found.by_layer else {}
+        measured = by_layer | found.by_block
+        names = sorted(measured, key=lambda name: name.startswith("log_"))  # logarithms last
+        if self.spreads is None:
+            self.places = [
+                (name, row + (name in found.by_block))  # a block stands in the row behind it
+                for name in names
+                for row in range(len(measured[name]))
+            ]
+            logarithms = sum(name.startswith("log_") for name, _ in self.places)
+            self.spreads = _Spreads(len(self.places), logarithms)
+        # They have two tokens or more, all of them.
+        two_b2 = torch.ones(len(n_b), 2, dtype=torch.bool)
+        self.spreads.count(torch.cat([measured[name] for name in names]), two_b2)
         if found.unit_sum_kbd is not None:
             self.units = self.units + found.unit_sum_kbd.sum(1)
             self.unit_squares = self.unit_squares + found.unit_sum_kbd.square().sum((1, 2))
@@ -84,24 +84,24 @@ class Sums:
         """The columns of layers.csv that come from all texts."""
         rows: list[Row] = [{"layer": layer, "texts": self.texts} for layer in range(layers)]
         spreads = self.spreads.spreads() if self.spreads else []
-        for place, spread in enumerate(spreads):
-            name, row = SPREAD[place // layers], rows[place % layers]
+        for (name, layer), spread in zip(self.places, spreads, strict=True):
+            row = rows[layer]
             if name == "mad" and "cos" in metrics:
                 row |= _spread("cosine", spread.one_minus())
-            if "dm" in metrics:
-                row |= _spread(name, spread)
+            if name in _DISTANCES and "dm" not in metrics:
+                continue
+            row |= _spread(name, spread)
+            if name == "high_frequency":
+                row["high_frequency_left_out"] = spread.left_out
+            elif name in ("sigma1_min", "sigma2_min") and spread.texts:
+                row[name.replace("min", "lowest")] = spread.minimum
+            elif name in (
+                "contraction",
+                "log_contraction",
+            ):  # that of the logarithm, if it is there
+                row["left_out"] = spread.left_out
         if "cos" in metrics:
             self._between(rows)
-        for name, total in self.total.items():
-            counts, lowest = self.count[name].tolist(), self.least[name].tolist()
-            for row, value, count, low in zip(
-                rows[1:], total.tolist(), counts, lowest, strict=True
-            ):
-                row[name] = value / count if count else None
-                if name in ("sigma1_min", "sigma2_min") and count:
-                    row[name.replace("min", "lowest")] = low
-                if name == "log_contraction" or (name == "contraction" and "left_out" not in row):
-                    row["left_out"] = self.texts - count
         return rows
 
     def _between(self, rows: list[Row]) -> None:
@@ -117,8 +117,8 @@ class Sums:
 
 
 def _spread(name: str, spread: Spread) -> Row:
-    ends = {"": spread.mean, "_std": spread.std, "_p5": spread.low, "_p95": spread.high}
-    return {f"{name}{end}": value for end, value in ends.items()}
+    ends = zip(SPREAD_ENDS, (spread.mean, spread.std, spread.low, spread.high), strict=True)
+    return {f"{name}{end}": value if spread.texts else None for end, value in ends}
 
 
 class Fusing:

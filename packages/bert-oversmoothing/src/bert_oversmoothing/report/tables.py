@@ -19,14 +19,15 @@ from tenfold.errors import UserError
 Cell: TypeAlias = int | float | str | None
 Row: TypeAlias = dict[str, Cell]
 
-_SPREADS = ("cosine", "relative_distance", "distance", "high_frequency", "mad")
-_SCALES = ("min", "p5", "median", "mean", "lowest")
+SPREAD_ENDS = ("", "_std", "_p5", "_p95")
+"""What a measure of a text has a column for: value, standard deviation and quantiles over texts."""
 
-LAYER_COLUMNS = (
-    "layer",
-    *(f"{name}{end}" for name in _SPREADS for end in ("", "_std", "_p5", "_p95")),
-    "cosine_between",
-    "cosine_excess",
+_SPREADS = (
+    "cosine",
+    "relative_distance",
+    "distance",
+    "high_frequency",
+    "mad",
     "cosine_without_mean",
     "effective_rank",
     "effective_rank_centred",
@@ -34,7 +35,8 @@ LAYER_COLUMNS = (
     "stable_rank_centred",
     "identity_cosine",
     "identity_accuracy",
-    *(f"sigma{place}_{name}" for place in (1, 2) for name in _SCALES),
+    # A text's own minimum, 5 % quantile (p5), median and mean; sigma1_p5_p95 is one over texts.
+    *(f"sigma{place}_{name}" for place in (1, 2) for name in ("min", "p5", "median", "mean")),
     "sigma_product_min",
     "sigma_product_median",
     "contraction",
@@ -47,9 +49,19 @@ LAYER_COLUMNS = (
     "top_token_share",
     "v_tight",
     "v_paper",
+)
+
+LAYER_COLUMNS = (
+    "layer",
+    *(f"{name}{end}" for name in _SPREADS for end in SPREAD_ENDS),
+    "cosine_between",
+    "cosine_excess",
+    "sigma1_lowest",
+    "sigma2_lowest",
     "vacuous_share",
     "texts",
     "left_out",
+    "high_frequency_left_out",
 )
 HEAD_COLUMNS = (
     "layer",
@@ -77,7 +89,7 @@ TOKEN_COLUMNS = (
     "distance_share",
 )
 _WORDS = {"token"}
-_COUNTS = {"layer", "head", "text", "position", "texts", "left_out"}
+_COUNTS = {"layer", "head", "text", "position", "texts", "left_out", "high_frequency_left_out"}
 
 
 @dataclass
@@ -86,7 +98,11 @@ class Tables:
 
     Attributes:
         layers: a row for each layer 0..L, with the keys `LAYER_COLUMNS`; None where a layer has no
-            such value. What belongs to block l stands in row l.
+            such value. What belongs to block l stands in row l. A measure of a text has its mean
+            over texts under its name (v_tight and v_paper their median), and with `_std`, `_p5` and
+            `_p95` the population standard deviation and the 5 % and 95 % quantiles over texts.
+            `left_out` counts texts without a contraction or its logarithm, and
+            `high_frequency_left_out` those whose ratio is infinite.
         heads: a row for each head of each layer 1..L, `HEAD_COLUMNS`; may be empty.
         tokens: a row for each token of each layer of the texts of the sample, `TOKEN_COLUMNS`; may
             be empty.
@@ -130,7 +146,7 @@ class Tables:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tables:
-        """Read what `save` wrote.
+        """Read what `save` wrote; columns that an older version did not write have no values.
 
         Raises:
             UserError: the folder is not that of an analysis, or a file of it is missing or damaged.
@@ -138,7 +154,7 @@ class Tables:
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError("no such folder", where=str(folder), fix="give the --out of analyze")
-        layers = _read_csv(folder / "layers.csv", LAYER_COLUMNS)
+        layers = _read_csv(folder / "layers.csv", LAYER_COLUMNS, some=True)
         if not layers or [row["layer"] for row in layers] != [*range(len(layers))]:
             raise UserError("the layers are not 0, 1, 2, ...", where=str(folder / "layers.csv"))
         tokens = folder / "tokens.csv"
@@ -198,7 +214,8 @@ def _damaged(path: Path, why: object) -> UserError:
     return UserError(f"the file is damaged, {why}", where=str(path), fix=fix)
 
 
-def _read_csv(path: Path, names: Sequence[str]) -> list[Row]:
+def _read_csv(path: Path, known: Sequence[str], *, some: bool = False) -> list[Row]:
+    """The rows of a table with all the columns, or with some of them if those may be missing."""
     if not path.is_file():
         raise _missing(path)
     try:
@@ -206,7 +223,12 @@ def _read_csv(path: Path, names: Sequence[str]) -> list[Row]:
             lines = [*csv.reader(file, strict=True)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
-    if not lines or lines[0] != [*names]:
+    names = lines[0] if lines else []
+    if some and len({*names}) == len(names) and {*names} < {*known}:
+        nothing: Row = dict.fromkeys(known)
+    elif names == [*known]:
+        nothing = {}
+    else:
         raise _damaged(path, "its columns are not those of an analysis")
     rows = []
     for line, cells in enumerate(lines[1:], 2):
@@ -214,7 +236,7 @@ def _read_csv(path: Path, names: Sequence[str]) -> list[Row]:
             raise _damaged(path, f"line {line} has {len(cells)} cells and not {len(names)}")
         try:
             pairs = zip(names, cells, strict=True)
-            rows.append({name: _value(name, cell) for name, cell in pairs})
+            rows.append(nothing | {name: _value(name, cell) for name, cell in pairs})
         except ValueError as error:
             raise _damaged(path, f"line {line}: {error}") from error
     return rows
