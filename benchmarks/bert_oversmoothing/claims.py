@@ -27,6 +27,7 @@ from bert_oversmoothing.comparison import (
     BASELINE,
     HEADS,
     PILOT_SEED,
+    PROBE_HEADS,
     SINGLE,
     STD,
     STEPS,
@@ -163,7 +164,8 @@ def tables(content: Mapping[str, Any]) -> str:
 def probe_table(run: Mapping[str, Any]) -> str:
     """Accuracy by head and deviation; the difference is that at the largest one."""
     rows = []
-    for head, by_std in run["accuracy"].items():
+    for head in sorted(run["accuracy"], key=PROBE_HEADS.index):
+        by_std = run["accuracy"][head]
         apart = points(by_std[-1], run["accuracy"][BASELINE][-1])
         last = "" if head == BASELINE else cell(apart, 1)
         rows.append([label(head), *(plain(percent(values)) for values in by_std), last])

@@ -57,7 +57,7 @@ def test_the_probe_is_compared_where_the_encoder_smooths_most():
     run = {
         "std": [0.1, 0.2],
         "cosine": [[0.5], [1.0]],
-        "accuracy": {"last": [[0.9], [0.1]], "gate": [[1.0], [0.8]]},
+        "accuracy": {"gate": [[1.0], [0.8]], "last": [[0.9], [0.1]]},  # sorted, as a file has it
     }
     last, gate, similar = claims.probe_table(run).splitlines()[-3:]
     assert last == "| last layer (baseline) | 90.0 | 10.0 |  |"

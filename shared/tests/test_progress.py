@@ -19,6 +19,16 @@ def test_progress_is_plain_lines_in_a_log(run, capsys):
     assert re.fullmatch(r"epoch 0, step 2, loss 0\.\d+, lr 0\.2, 0:00 left", lines[1])
 
 
+@pytest.mark.parametrize(
+    ("verb", "word"), [("validate", "validation"), ("test", "test"), ("predict", "prediction")]
+)
+def test_batches_that_are_not_trained_have_a_name_for_people(run, capsys, verb, word):
+    line = f"{verb} --config demo --trainer.callbacks tenfold.progress.PlainProgress"
+    assert run(f"{line} --trainer.callbacks.seconds 0") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if ", batch " in line]
+    assert lines[0] == f"{word}, batch 1"
+
+
 def test_track_prints_a_line_when_one_is_due(monkeypatch, capsys):
     clock = itertools.count(0.0, 4.0)  # every look at the clock is 4 seconds later
     monkeypatch.setattr("tenfold.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))

@@ -109,12 +109,47 @@ def bert(tiny, word_tokenizer):
     return model, found.tables, traces
 
 
-def compare(tables, name, by_layer, first=0, rtol=2e-4, atol=1e-6):
-    """A column with a list (layers) of lists (texts)."""
-    ours = tables.column(name)
-    assert all(math.isnan(x) for x in ours[:first])
-    wanted = [np.mean(values) for values in by_layer]
-    np.testing.assert_allclose(ours[first:], wanted, rtol=rtol, atol=atol, err_msg=name)
+SAMPLED = (
+    "cosine_without_mean",
+    "effective_rank",
+    "effective_rank_centred",
+    "stable_rank",
+    "stable_rank_centred",
+    "identity_cosine",
+    "identity_accuracy",
+    "v_tight",
+    "v_paper",
+)
+
+
+def compare(tables, name, by_layer, first=0, rtol=2e-4, atol=1e-6, middle=np.mean):
+    """A column and its spread with a list (layers) of lists (texts)."""
+    wanted = {"": [middle(values) for values in by_layer]}
+    wanted |= {"_std": [np.std(values) for values in by_layer]}
+    quantiles = {"_p5": 0.05, "_p95": 0.95}
+    wanted |= {end: [np.quantile(x, q) for x in by_layer] for end, q in quantiles.items()}
+    for end, values in wanted.items():
+        ours = tables.column(f"{name}{end}")
+        assert all(math.isnan(x) for x in ours[:first])
+        slack = atol + rtol * np.abs(values)
+        if end == "_std":  # of values that are that precise
+            slack += rtol * np.abs(wanted[""])
+        elif end and name not in SAMPLED:
+            # All texts go into bins: 0.27 %, of a cosine 1 minus it, of a logarithm 0.0027.
+            size = np.abs(np.subtract(1, values) if name == "cosine" else values)
+            slack += 0.0028 * (1 if name.startswith("log_") else size)
+        assert (np.abs(np.subtract(ours[first:], values)) <= slack).all(), f"{name}{end}"
+
+
+def test_every_measure_of_a_text_has_its_spread():
+    """All columns but those of pairs of texts, of one token, and of counts."""
+    alone = {"layer", "cosine_between", "cosine_excess", "sigma1_lowest", "sigma2_lowest"}
+    alone |= {"vacuous_share", "texts", "left_out", "high_frequency_left_out"}
+    measures = [name for name in LAYER_COLUMNS if f"{name}_std" in LAYER_COLUMNS]
+    ends = ("", "_std", "_p5", "_p95")
+    spread = [f"{name}{end}" for name in measures for end in ends]
+    assert {"sigma1_p5", "sigma1_p5_p5", "sigma1_p5_p95"} <= {*spread}
+    assert sorted([*alone, *spread]) == sorted(LAYER_COLUMNS)
 
 
 def test_measures_of_states_are_the_loops(bert):
@@ -131,11 +166,7 @@ def test_measures_of_states_are_the_loops(bert):
         values = [[measure(h) for h in layer] for layer in by_layer]
         compare(tables, name, values, rtol=1e-4)
         np.testing.assert_allclose(tables.column(f"{name}_std"), np.std(values, axis=1), rtol=1e-3)
-        for end, q in (("_p5", 0.05), ("_p95", 0.95)):
-            # Quantiles are kept to 1.1 %, those of a cosine of 1 minus it.
-            wanted = np.quantile(values, q, axis=1)
-            slack = 0.011 * np.abs(1 - wanted if name == "cosine" else wanted) + 1e-6
-            assert (np.abs(np.array(tables.column(f"{name}{end}")) - wanted) <= slack).all()
+    assert tables.column("high_frequency_left_out") == [0, 0, 0, 0]
 
 
 def test_ranks_and_identity_are_the_loops(bert):
@@ -159,18 +190,21 @@ def test_ranks_and_identity_are_the_loops(bert):
             ((units(h) @ units(o).T).argmax(1) == np.arange(len(h))).mean()
             for h, o in zip(layer, by_layer[0], strict=True)
         ]
-        for layer in by_layer[1:]
+        for layer in by_layer
     ]
-    np.testing.assert_allclose(
-        tables.column("identity_accuracy")[1:], np.mean(hits, axis=1), atol=0.02
-    )
+    compare(tables, "identity_accuracy", hits)
     singular = [np.linalg.svd(h, compute_uv=False) for h in by_layer[2]]
     wanted = np.mean([s[:3] / s[0] for s in singular], axis=0)
-    np.testing.assert_allclose(tables.sample["spectrum"][2, :3], wanted, rtol=1e-4)
+    spectrum = tables.sample["spectrum"]
+    np.testing.assert_allclose(spectrum[2, :3], wanted, rtol=1e-4)
+    longest = max(len(h) for h in by_layer[2])
+    assert spectrum.shape[1] == min(longest, len(by_layer[2][0][0]))
+    assert (np.diff(spectrum, axis=1) <= 1e-6).all()
 
 
 def test_anisotropy_is_the_loop_over_all_pairs(bert):
     _, tables, traces = bert
+    without = []
     for layer, row in enumerate(tables.layers):
         units = [
             h / np.linalg.norm(h, axis=1, keepdims=True) for h in (s[layer] for s, *_ in traces)
@@ -181,8 +215,8 @@ def test_anisotropy_is_the_loop_over_all_pairs(bert):
         assert row["cosine_between"] == pytest.approx(between, abs=1e-6)
         assert row["cosine_excess"] == pytest.approx(within - between, abs=1e-6)
         offset = np.concatenate([s[layer] for s, *_ in traces]).mean(0)
-        without = np.mean([cosine(s[layer] - offset) for s, *_ in traces])
-        assert row["cosine_without_mean"] == pytest.approx(without, abs=1e-5)
+        without.append([cosine(s[layer] - offset) for s, *_ in traces])
+    compare(tables, "cosine_without_mean", without, atol=1e-5)
 
 
 def test_sigma_columns_are_the_loops(bert):
@@ -232,6 +266,8 @@ def test_who_smooths_is_exact(bert):
             values["share"][layer - 1].append(max(top_share(first[0]), top_share(second[0])))
     for name in POST_TERMS:
         compare(tables, f"log_{name}", values[name], first=1, atol=1e-5)
+    logs = np.log(values["contraction"])
+    compare(tables, "log_contraction", logs, first=1, atol=1e-5)
     compare(tables, "contraction", values["contraction"], first=1)
     compare(tables, "top_token_share", values["share"], first=1)
     total = sum(np.array(tables.column(f"log_{name}")[1:]) for name in POST_TERMS)
@@ -265,6 +301,7 @@ def test_the_bound_is_the_formula(bert):
     model, tables, traces = bert
     norm = lambda w: np.linalg.norm(w.detach().double().numpy(), 2)  # noqa: E731
     lip = 0.5 * (1 + math.erf(1)) + math.sqrt(2) * math.exp(-1) / math.sqrt(2 * math.pi)
+    tights, papers = [], []
     for layer, block in enumerate(model.encoder.layer, 1):
         w1, w2 = norm(block.intermediate.dense.weight), norm(block.output.dense.weight)
         gains = [
@@ -284,10 +321,11 @@ def test_the_bound_is_the_formula(bert):
             s = max(w1, w2, *vo)
             chain = (1 + s**2) * (1 + math.sqrt(max(lam)) * 4 * s)
             paper.append(chain / math.prod(least))
-        row = tables.layers[layer]
-        assert row["v_tight"] == pytest.approx(np.median(tight), rel=1e-4)
-        assert row["v_paper"] == pytest.approx(np.median(paper), rel=1e-4)
-        assert row["vacuous_share"] == np.mean([v >= 1 for v in tight])
+        assert tables.layers[layer]["vacuous_share"] == np.mean([v >= 1 for v in tight])
+        tights.append(tight)
+        papers.append(paper)
+    compare(tables, "v_tight", tights, first=1, rtol=1e-4, middle=np.median)
+    compare(tables, "v_paper", papers, first=1, rtol=1e-4, middle=np.median)
 
 
 def test_rows_of_tokens_are_those_of_the_texts(bert):
@@ -405,8 +443,7 @@ def test_every_family_is_analysed(tiny, family):
         for state in shown
     ]
     assert tables.column("cosine")[: len(shown)] == pytest.approx(wanted, abs=2e-5)
-    terms = [name for name in LAYER_COLUMNS if name.startswith("log_")]
-    parts = set(terms) - {"log_contraction", "log_final_norm"}
+    parts = [f"log_{name}" for name in POST_TERMS]  # those of pre-norm blocks are among them
     for row in tables.layers[1:]:
         total = sum(row[name] for name in parts if row.get(name) is not None)
         assert row["log_contraction"] == pytest.approx(total, abs=1e-9)
@@ -421,8 +458,12 @@ def test_every_family_is_analysed(tiny, family):
 
 def same(a, b, rtol=2e-4):
     for name in LAYER_COLUMNS:
+        base, _, end = name.rpartition("_")
+        # A value between two bins of a histogram may go to either.
+        binned = end in ("p5", "p95") and base in LAYER_COLUMNS and base not in SAMPLED
+        step = 0.0055 if binned else 0
         np.testing.assert_allclose(
-            a.column(name), b.column(name), rtol=rtol, atol=2e-5, err_msg=name
+            a.column(name), b.column(name), rtol=rtol + step, atol=2e-5 + step, err_msg=name
         )
     for x, y in zip(a.heads, b.heads, strict=True):
         for name in HEAD_COLUMNS:
@@ -541,10 +582,14 @@ def test_memory_does_not_grow_with_the_texts(tiny, word_tokenizer):
 def test_the_report_is_saved_and_read_again(bert, tmp_path, monkeypatch):
     _, tables, _ = bert
     monkeypatch.setattr(result, "draw_all", lambda tables, folder: [folder / "a.png"])
-    monkeypatch.setattr(result, "write_html", lambda tables, path: path.touch())
+    drawn = []
+    monkeypatch.setattr(
+        result, "write_html", lambda tables, path, files: drawn.extend(files) or path.touch()
+    )
     files = [path.relative_to(tmp_path) for path in OversmoothingReport(tables).save(tmp_path)]
     names = ["layers.csv", "heads.csv", "tokens.csv", "run.json", "sample.npz"]
     assert [*map(str, files)] == [*names, "figures/a.png", "report.html"]
+    assert drawn == [tmp_path / "figures" / "a.png"]  # not drawn again
     again = Tables.load(tmp_path)
     for name in LAYER_COLUMNS:
         np.testing.assert_array_equal(again.column(name), tables.column(name))
@@ -576,6 +621,26 @@ def test_verdicts_follow_the_thresholds(tiny):
         assert found["word"] == word
         assert (found["smallest"], found["at_layer"], found["last"]) == (0.2, 1, last)
     assert found["sentence"].startswith("similarity 0.20 at layer 1 -> 0.51 at layer 3")
+    rows = [{"layer": n, "cosine": c} for n, c in enumerate((0.3, 0.2, 0.01))]
+    found = verdict(rows, encoder)
+    assert (found["word"], found["at_layer"]) == ("none", 2)
+    assert found["sentence"].startswith("least alike in the last layer, 0.01")
+
+
+def test_a_final_norm_is_none_of_the_norms_of_blocks(tiny):
+    from bert_oversmoothing.analysis.verdict import verdict
+
+    terms = {"log_attention": 0.1, "log_feed_forward": -0.2}
+    rows = [{"layer": 0}, {"layer": 1} | terms, {"layer": 2, "log_final_norm": 2.5} | terms]
+    sentence = verdict(rows, read_encoder(tiny("vit")[0]))["sentence"]
+    told = "attention contributes +0.2 of ln d_M, feed-forward -0.4; "
+    assert sentence.startswith(f"{told}final norm, behind the last layer, +2.5")
+    assert "norms contribute" not in sentence
+    terms |= {"log_norm1": -1.0, "log_norm2": 0.25}
+    rows = [{"layer": 0}, {"layer": 1} | terms, {"layer": 2} | terms]
+    sentence = verdict(rows, read_encoder(tiny("bert")[0]))["sentence"]
+    assert sentence.startswith("norms contribute -1.5 of ln d_M, attention +0.2")
+    assert "final norm" not in sentence
 
 
 def test_a_sample_is_spread_evenly():

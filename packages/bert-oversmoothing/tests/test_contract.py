@@ -80,6 +80,7 @@ class TestContract(PackageContract):
         (["fit", "--model.task", "summary"], "summary"),
         (["fit", "--model.task", "choice"], "the data have task qa, the model choice"),
         (["fit", "--model.lr", "-1"], "lr must be above 0"),
+        (["fit", "--data.form", "after"], "give --model.task classification --model.num_labels 5"),
         (["fit", "--model.fusion_lr", "0"], "fusion_lr must be above 0"),
         (["fit", "--model.warmup", "2"], "warmup must be 0 or more and at most 1"),
         (["fit", "--model.backbone.model_type", "brt"], "brt"),

@@ -68,6 +68,8 @@ def test_the_tokenizer_goes_along(stored, tmp_path, capsys):
     assert "gate of layers [0, 1, 2, 3]: 133 parameters more" in said
     assert "FusionForQuestionAnswering" in said
     assert "no tokenizer" not in said
+    convert(str(folder), tmp_path / "mix", task="qa", fusion="max")
+    assert "max of layers [0, 1, 2, 3]: 1 parameter more\n" in capsys.readouterr().out
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "fused")
     assert tokenizer("two words three").input_ids == [2, 3, 1]
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -164,7 +166,9 @@ def test_bad_input_is_told_and_nothing_is_written(stored, tmp_path):
         ({"task": "image"}, "bert has no head for the task image"),
         ({"task": "qa", "fusion": "sum"}, "unknown fusion"),
         ({"task": "classification", "num_labels": 0}, "--num-labels must be 1"),
-        ({"to": "plain"}, "a plain bert, no fusion model"),
+        ({"fusion": "foo"}, "unknown fusion: 'foo'"),
+        ({"task": "qa", "layers": "0,99"}, r"numbers in brackets, as \[0,6,12\]"),
+        ({"to": "plain"}, "a plain bert, no fusion model .*: bert-oversmoothing convert"),
     ):
         with pytest.raises(UserError, match=message):
             convert(str(folder), out, **options)

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 
+import datasets
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -467,6 +468,59 @@ def test_training_does_without_validation(tmp_path, bert):
     assert data.val_dataset() is None
     with pytest.raises(UserError, match="no val split"):
         data.val_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("source", "train", "text", "missing"),
+    [
+        ("tsv", "train.tsv", "the cat\t1", "dev.tsv"),
+        ("text", "train.txt", "the cat", "dev.txt"),
+        ("rte", "train.tsv", "sentence1\tsentence2\tlabel\na\tb\tentailment", "dev.tsv"),
+        (
+            *("mnli", "train.tsv", "sentence1\tsentence2\tgold_label\na\tb\tneutral"),
+            "dev_matched.tsv and dev_mismatched.tsv",
+        ),
+        ("squad1", "train-v1.1.json", '{"version": "1.1", "data": []}', "dev-v1.1.json"),
+        ("swag", "train.csv", "sent1,sent2,ending0,ending1,label\na,b,c,d,0", "val.csv"),
+    ],
+)
+def test_a_missing_validation_is_told_in_a_line(tmp_path, caplog, source, train, text, missing):
+    (tmp_path / train).write_text(text, "utf-8")
+    data = OversmoothingData(source, str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        data.splits.validated()
+    assert caplog.messages == [f"no {missing} in {tmp_path}: nothing is validated"]
+
+
+def test_validation_of_one_file_and_of_saved_tables_is_told_too(tmp_path, caplog):
+    (tmp_path / "all.tsv").write_text("the cat\t1", "utf-8")
+    OversmoothingData("tsv", str(tmp_path / "all.tsv")).setup("fit")
+    rows = {"sentence": ["the cat"], "label": [1], "idx": [0]}
+    tables = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
+    tables.save_to_disk(tmp_path / "saved")
+    OversmoothingData("sst2", str(tmp_path / "saved")).setup("fit")
+    assert caplog.messages == [
+        f"no dev.tsv is read beside {tmp_path / 'all.tsv'}: nothing is validated",
+        f"no validation split in {tmp_path / 'saved'}: nothing is validated",
+    ]
+
+
+def test_a_validation_that_is_there_is_not_talked_of(plain, caplog):
+    OversmoothingData("tsv", str(plain)).setup("fit")
+    OversmoothingData(form="parity").setup("fit")
+    assert not caplog.messages
+
+
+def test_items_are_named_by_their_texts(tmp_path, plain):
+    file = tmp_path / "own.tsv"
+    file.write_text("the cat\tsat\n \t\na dog\tran\tmore\n", "utf-8")
+    data = OversmoothingData("rte", predict_root=str(file), on_bad_item="skip")
+    named = [{"text": "the cat", "text_pair": "sat"}, {"text": "a dog", "text_pair": "ran"}]
+    assert data.texts() == named  # numbered without the broken line, as `index` is
+    lines = (plain / "test.tsv").read_text("utf-8").splitlines()
+    tsv = OversmoothingData("tsv", str(plain))
+    assert tsv.texts() == [{"text": line.rpartition("\t")[0]} for line in lines]
+    assert OversmoothingData(form="parity").texts() == []
 
 
 def test_mnli_validates_on_both_kinds(tmp_path, bert):

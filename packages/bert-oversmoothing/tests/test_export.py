@@ -157,6 +157,7 @@ def test_the_command_writes_files_and_folders(tmp_path, monkeypatch, capsys):
     export(str(tmp_path / "model"), out=tmp_path / "model.onnx", fold="always")
     assert calls == [(tmp_path / "model.onnx", "onnx", {"folding": "always", "check": True})]
     assert capsys.readouterr().out.splitlines() == [
+        f"reading {tmp_path / 'model'}",
         "folded",
         "input_ids -> logits",
         f"wrote {tmp_path / 'model.onnx'}: differs by 1.0e-07 from the model (limit 0.0001)",
@@ -165,6 +166,10 @@ def test_the_command_writes_files_and_folders(tmp_path, monkeypatch, capsys):
 
 def test_bad_input_is_told(tmp_path):
     small().save_pretrained(tmp_path / "model")
+    (tmp_path / "file").touch()
+    for format in ("onnx", "safetensors"):
+        with pytest.raises(UserError, match="a file is in the way"):
+            export("none", format=format, out=tmp_path / "file" / "x")  # before it is read
     with pytest.raises(UserError, match="a folder, not a file"):
         export(str(tmp_path / "model"), out=tmp_path)
     with pytest.raises(UserError, match="there are files already"):

@@ -60,11 +60,22 @@ def test_json_lines(write):
         ("a.txt", "x", "text", "a .txt file has no columns"),
         ("a.md", "x", None, "unknown kind of file: '.md'"),
         ("a.txt", b"\xff\xfe\x00", None, "the file is not UTF-8"),
-        ("a.tsv", "a\tb\n1\t2", None, "which column holds the texts?"),
+        (
+            "a.tsv",
+            "a\tb\n1\t2",
+            None,
+            "which column holds the texts? there are 2, and the first line is 'a | b' ",
+        ),
+        ("a.tsv", "a\tb", None, "--column 1 takes the first of a file without a header line"),
+        ("a.tsv", f"{'a ' * 40}\tb", None, f"the first line is '{'a ' * 28}a...' "),
         ("a.tsv", "a\tb\n1\t2", "c", "no column 'c'"),
+        pytest.param(
+            "a.csv", f"a,{'b' * 140_000}", "1", "no table, field larger than", id="long field"
+        ),
         ("a.tsv", "a\tb\n1\t2", "3", "no column '3'"),
         ("a.tsv", "a\ttext\n1", None, "line 2 has 1 columns, and no 2"),
-        ("a.jsonl", "{", None, "no JSON"),
+        ("a.jsonl", '"a"\n{', None, "a.jsonl:2): give a line such as"),
+        ("a.jsonl", '{"a": }', None, "no JSON, Expecting value at column 7 ("),
         ("a.jsonl", "[1]", None, "not a JSON object"),
         ("a.jsonl", '{"a": 1}', None, "which key holds the text?"),
         ("a.jsonl", '{"text": 1}', None, "no text under 'text'"),
@@ -75,6 +86,7 @@ def test_bad_files_are_told_in_one_line(write, name, content, column, wanted):
         read_texts((), write(name, content), column)
     assert wanted in str(error.value)
     assert "\n" not in str(error.value)
+    assert error.value.fix
 
 
 def test_no_texts_and_no_file(tmp_path):
@@ -82,8 +94,14 @@ def test_no_texts_and_no_file(tmp_path):
         read_texts()
     with pytest.raises(UserError, match="a column of what file"):
         read_texts(["a"], None, "text")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"no such file .*: give a \.txt"):
         read_texts((), tmp_path / "a.txt")
+    (tmp_path / "b.txt").mkdir()
+    for folder in (tmp_path, tmp_path / "b.txt"):
+        told = f"is a folder ({folder}): give a .txt, .tsv, .csv or .jsonl file"
+        with pytest.raises(UserError) as error:
+            read_texts((), folder)
+        assert str(error.value) == told
 
 
 def test_images_of_a_folder(tmp_path):

@@ -258,7 +258,7 @@ def test_a_checkpoint_needs_no_weights_and_no_tokenizer(tmp_path, monkeypatch):
     assert app.main([*predict, "--trainer.precision", "32-true"]) == 0
     with open(f"{run}/predict/predictions.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["index"] for row in rows] == ["0", "1"]
+    assert [(row["index"], row["text"]) for row in rows] == [("0", "c0w0 c1w1"), ("1", "c2w1")]
     net, tokenizer = load_model(run), load_tokenizer(run)
     known = open_tokenizer("gone")
     assert tokenizer.get_vocab() == known.get_vocab()

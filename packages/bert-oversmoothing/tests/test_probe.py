@@ -12,6 +12,7 @@ from bert_oversmoothing.commands.layer_heads import (
     LayerHeads,
     States,
     as_outputs,
+    error_of_most_frequent,
     fit_heads,
     head_losses,
     keep_states,
@@ -203,6 +204,31 @@ def test_rows_over_seeds():
     assert "20.00" in told([row], 3)
 
 
+def test_the_error_of_the_most_frequent_label():
+    """Five of eight in training are 1, and two of five of the others: an error of 3/5."""
+    known, data = some_states("parity", 8)
+    asked, _ = some_states("parity", 5)
+    known.fields["labels"] = torch.tensor([1, 1, 0, 1, 0, 1, 0, 1])
+    asked.fields["labels"] = torch.tensor([0, 1, 0, 1, 0])
+    assert error_of_most_frequent(known, asked, data) == pytest.approx(0.6)
+    known, data = some_states("choice", 4)
+    asked, _ = some_states("choice", 4)
+    known.fields["labels"], asked.fields["labels"] = torch.tensor([[2, 3, 2, 0], [2, 1, 0, 3]])
+    assert error_of_most_frequent(known, asked, data) == pytest.approx(0.75)
+    states, data = some_states("qa")
+    assert error_of_most_frequent(states, states, data) is None
+
+
+def test_no_layer_beats_the_most_frequent_label():
+    figures = [[{"accuracy": a, "score": a} for a in (0.25, 0.5)]]
+    rows = layer_rows([0.25, 0.5], figures, 0.5)
+    assert [row["error_most_frequent"] for row in rows] == [0.5, 0.5]
+    last = told(rows, 1).splitlines()[-1]
+    assert last == "always naming the most frequent label: error 50.00 %, which no layer beats"
+    assert told(layer_rows([0.25, 0.5], figures, 0.6), 1).endswith("error 60.00 %")
+    assert "most frequent" not in told(layer_rows([0.25, 0.5], figures), 1)
+
+
 # -- the command --------------------------------------------------------------------------------
 
 
@@ -221,6 +247,7 @@ def test_command_on_a_plain_encoder(bert, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [int(row["layer"]) for row in rows] == [0, 1, 2]
     assert float(rows[0]["error"]) == pytest.approx(0.5)
+    assert float(rows[0]["error_most_frequent"]) == pytest.approx(0.5)
     assert float(rows[1]["error"]) < 0.1
     assert (tmp_path / "out/probe.png").stat().st_size > 10_000
     assert "least error" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """What the pictures and the page say, and that nothing in them lies over anything else."""
 
 import math
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -28,7 +31,7 @@ from bert_oversmoothing.report.words import plain
 from bert_oversmoothing.theorem.blocks import BlockDesign
 from bert_oversmoothing.theorem.check import Trial
 from tenfold.errors import UserError
-from tenfold.plotting import MUTED
+from tenfold.plotting import MUTED, PALETTE
 from tenfold.plotting.tidy import check_tidy
 
 MINUS = "\N{MINUS SIGN}"
@@ -262,6 +265,11 @@ def test_stacked_bars_are_the_contributions_and_add_up_to_the_net(order):
     stacks = [each for each in ax.containers if isinstance(each, BarContainer)]
     shown = [name for name in PARTS if any(row.get(name) for row in tables.layers)]
     assert [each.get_label() for each in stacks] == [PARTS[name][0] for name in shown]
+    if order == "pre":  # behind the last block
+        shown.remove("log_final_norm")
+        (final,) = stacks.pop()
+        found = (final.get_x() + final.get_width() / 2, final.get_y(), final.get_height())
+        assert found == pytest.approx((5, 0, -0.5))
     ends = np.zeros((2, 4))
     for name, each in zip(shown, stacks, strict=True):
         values = np.nan_to_num(tables.column(name)[1:])
@@ -272,13 +280,24 @@ def test_stacked_bars_are_the_contributions_and_add_up_to_the_net(order):
             ends[side, block] += values[block]
     net = line(ax, "net")[1]
     assert net == pytest.approx(ends.sum(0))
-    assert net[:-1] == pytest.approx(tables.column("log_contraction")[1:-1])
+    assert net == pytest.approx(tables.column("log_contraction")[1:])
     sums = [np.nansum(tables.column(name)) for name in shown]
-    assert [bar.get_width() for bar in bars(total)] == pytest.approx(sums)
+    apart = [-0.5] if order == "pre" else []
+    assert [bar.get_width() for bar in bars(total)] == pytest.approx([*sums, *apart])
     together = f"together {sum(sums):+.2f}".replace("-", MINUS)
     assert together in texts(total)
     shares = [bar.get_height() for bar in bars(titled(fig, "Largest token"))]
     assert shares == pytest.approx([100 * share for share in tables.column("top_token_share")[1:]])
+
+
+@pytest.mark.parametrize("blocks", [1, 12, 24, 48])
+def test_the_final_norm_has_a_place_and_a_name_behind_the_blocks(blocks):
+    fig = drawn(smoothing.contributions(made_up(blocks, order="pre")))
+    ax = titled(fig, "Who smooths")
+    names = [label.get_text() for label in ax.get_xticklabels()]
+    assert dict(zip(names, ax.get_xticks(), strict=True))["final\nnorm"] == blocks + 1
+    assert {int(name) for name in names[:-1]} <= {*range(1, blocks + 1)}
+    tidy(fig)
 
 
 def test_violins_span_their_quantiles_with_minimum_and_threshold_marked(tables):
@@ -515,6 +534,49 @@ def test_curves_of_models_lie_over_one_another():
     tidy(fig)
 
 
+def test_curves_that_cover_one_another_are_all_seen():
+    models = {name: made_up() for name in "abcd"}
+    for tables in [*models.values()][1:]:
+        tables.run["fused_cosine"] = 0.25
+    fig = compare(models)
+    for ax in fig.axes:
+        curves = [each for each in ax.lines if len(np.asarray(each.get_ydata())) == 5]
+        assert len(curves) == 4
+        widths, heights = ([f(each) for each in curves] for f in (Line2D.get_linewidth, zorder))
+        assert all(below - above > 1 for below, above in pairwise(widths))
+        assert all(below < above for below, above in pairwise(heights))
+        marked = [each.get_markevery() for each in curves]
+        assert marked == [(first, 4) for first in range(4)]
+    stars = [each for each in fig.axes[0].lines if each.get_marker() == "*" and xy(each)]
+    assert [xy(each) for each in stars] == [[(4, 0.25)]] * 3
+    assert [each.get_color() for each in stars] == list(PALETTE[1:4])
+    sizes = [each.get_markersize() for each in stars]
+    assert all(below - above > 2 for below, above in pairwise(sizes))
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names == [*"abcd", "similarity of the fused states"]
+    tidy(fig)
+
+
+def zorder(each: Line2D) -> float:
+    return each.get_zorder()
+
+
+def xy(each: Line2D) -> list[tuple[float, float]]:
+    return [*zip(np.asarray(each.get_xdata()), np.asarray(each.get_ydata()), strict=True)]
+
+
+@pytest.mark.parametrize("first", [1.0, 0.9])
+def test_ties_at_layer_0_are_explained_where_there_are_some(first):
+    models = {"a": made_up(), "b": made_up()}
+    models["a"].layers[0]["identity_accuracy"] = 1.0
+    models["b"].layers[0]["identity_accuracy"] = first
+    fig = compare(models)
+    told = "a word that comes twice shares its vector" in texts(titled(fig, "Identity retained"))
+    assert told == (first < 1)
+    if told:
+        tidy(fig)
+
+
 def test_models_of_other_depths_share_relative_depth():
     fig = compare({"a": made_up(2), "b": made_up(4)})
     shown = [each for each in fig.axes[0].lines if len(np.asarray(each.get_ydata())) > 0]
@@ -568,6 +630,32 @@ def test_blocks_of_a_model_have_a_bar_of_their_deviations():
         assert bound == 10 + 1000 * stds[n]
         assert color == pytest.approx(RAMP(n / 11), abs=0.01)
     tidy(fig)
+
+
+def test_blocks_of_a_model_are_told_apart_by_their_number():
+    trials = [trial("post", 0.02, 0.9, 4.0 + n) for n in range(4)]
+    ax = checks.theorem(trials, [1, 1, 2, 2]).axes[0]
+    assert [list(part) for part in line(ax, "block 2")] == [[6.0, 7.0], [0.9, 0.9]]
+    assert "4 trials, 0 violations, v < 1 in 0" in texts(ax)
+    fig = checks.theorem([trial("post", 0.02, 0.9, 4.0 + n) for n in range(9)], [*range(1, 10)])
+    ax, bar = fig.axes
+    assert bar.get_ylim() == pytest.approx((1, 9))
+    assert bar.get_ylabel() == "block"
+    dots = [each for each in ax.lines if each.get_linestyle() == "None"]
+    for n, each in enumerate(dots):
+        assert to_rgba(each.get_color()) == pytest.approx(RAMP(n / 8), abs=0.01)
+    assert len(dots) == 9
+    tidy(fig)
+
+
+def test_the_probe_shows_who_always_names_the_same():
+    rows = [{"layer": n, "cosine": 0.1 * n, "error": 0.5 - 0.1 * n} for n in range(3)]
+    fig = checks.probe([row | {"error_most_frequent": 0.45} for row in rows])
+    for ax in fig.axes[:2]:
+        height = np.asarray(line(ax, "always the most frequent label")[1], float)
+        assert height == pytest.approx([45, 45])
+    tidy(fig)
+    assert not checks.probe(rows).legends
 
 
 @pytest.mark.parametrize("count", [1, 13, 25])
@@ -675,6 +763,28 @@ def test_the_odd_run_has_a_bar_a_head_and_a_dot_a_seed():
     assert len(training.lines) == 6 * 2 + 6 + 6 + 1  # seeds, means, strokes to names, chance
     assert any(list(np.asarray(each.get_ydata())) == [2.48] * 2 for each in training.lines)
     tidy(fig)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_number_of_the_odd_run_is_that_of_the_bar_and_of_no_dot(count):
+    rng = np.random.default_rng(count)
+    small = rng.uniform(0, 0.02, count).tolist()
+    em = {"last": small, "gate": rng.uniform(0.3, 0.4, count).tolist(), "max": [0.0] * count}
+    fig = demo.odd_run({"em": em, "chance": 1 / 36})
+    tidy(fig)
+    (ax,) = fig.axes
+    numbers = [text for text in ax.texts if re.fullmatch(r"\d\.\d\d", text.get_text())]
+    assert [text.get_text() for text in numbers] == [f"{np.mean(each):.2f}" for each in em.values()]
+    dots = [each for each in ax.lines if each.get_linestyle() == "None"]
+    assert len(dots) == (3 if count > 1 else 0)
+    radius = 2.5 * fig.dpi / 72
+    for text, bar in zip(numbers, bars(ax), strict=True):
+        box, top = text.get_window_extent(), bar.get_window_extent()
+        assert top.x0 <= box.x0 < box.x1 <= top.x1 + 1
+        assert 0 <= box.y0 - top.y1 < box.height
+        for each in dots:
+            for x, _ in ax.transData.transform(xy(each)):
+                assert not box.x0 - radius <= x <= box.x1 + radius
 
 
 @pytest.mark.parametrize(

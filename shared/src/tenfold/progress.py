@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
 
+_STAGES = {"sanity_check": "sanity check", "validate": "validation", "predict": "prediction"}
+
 
 def on_terminal() -> bool:
     """Whether a person is watching: stderr, where progress goes, is a terminal."""
@@ -156,7 +158,8 @@ def _plain_progress_class() -> type:
             self, trainer: Trainer, pl_module: LightningModule, *step: Any, **_: Any
         ) -> None:
             if trainer.is_global_zero:
-                self.lines.sometimes(f"{trainer.state.stage}, batch {step[2] + 1}")
+                stage = getattr(trainer.state.stage, "value", "")
+                self.lines.sometimes(f"{_STAGES.get(stage, stage)}, batch {step[2] + 1}")
 
         on_validation_batch_end = on_predict_batch_end = on_test_batch_end
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from transformers.utils.hub import cached_file
 from bert_oversmoothing.model import TASKS, FusionModel
 from bert_oversmoothing.model.folding import folded_weights, linear_head
 from bert_oversmoothing.model.loading import silent
-from tenfold.errors import UserError
+from tenfold.errors import UserError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -124,15 +125,36 @@ def save_folder(
 
 
 def check_new(out: str | Path) -> None:
-    """Refuse a folder that has something in it.
+    """Refuse a folder that has something in it, or that cannot be written.
 
     Raises:
-        UserError: there are files, or it is one.
+        UserError: there are files, or it is one; or see `check_writable`.
     """
     out = Path(out)
+    check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fix = "choose another folder, or remove it"
         raise UserError("there are files already", where=str(out), fix=fix)
+
+
+def check_writable(out: str | Path) -> None:
+    """Refuse a place where no file or folder can be made; folders above it need not be there.
+
+    Raises:
+        UserError: a file is in the way, or there is no right to write.
+    """
+    out = Path(out)
+    above = next(path for path in (*out.parents, out) if os.path.lexists(path))
+    folder = out if out.is_dir() else above
+    fix = "choose another place to write"
+    if not folder.is_dir():
+        raise UserError("a file is in the way", where=str(folder), fix=fix)
+    try:  # rights alone do not tell: a disk may be read-only, and root has all rights
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"nothing can be written there, {error.strerror or first_line(error)}"
+        raise UserError(what, where=str(folder), fix=fix) from error
 
 
 @contextmanager

@@ -7,10 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tenfold.errors import UserError
+from tenfold.errors import UserError, first_line
 from tenfold.images import IMAGE_SUFFIXES, image_files
 
 _USUAL = ("text", "sentence")
+_KINDS = "give a .txt, .tsv, .csv or .jsonl file"
+_JSON_LINE = '{"text": "one text"}'
+_SHOWN = 60  # letters of a line that is shown
 
 
 def read_texts(
@@ -50,7 +53,7 @@ def list_images(folder: str | Path, limit: int | None = None) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError("no such folder", where=str(folder))
+        raise UserError("no such folder", where=str(folder), fix="name a folder of images")
     found = image_files(folder)
     if not found:
         fix = f"put files there that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
@@ -59,16 +62,18 @@ def list_images(folder: str | Path, limit: int | None = None) -> list[Path]:
 
 
 def _of_file(path: Path, column: str | None) -> list[str]:
+    if path.is_dir():
+        raise UserError("is a folder", where=str(path), fix=_KINDS)
     if not path.is_file():
-        raise UserError("no such file", where=str(path))
+        raise UserError("no such file", where=str(path), fix=_KINDS)
     readers = {".tsv": _table, ".csv": _table, ".jsonl": _json_lines, ".txt": _lines}
     if path.suffix.lower() not in readers:
-        fix = "texts are read from .txt, .tsv, .csv and .jsonl"
-        raise UserError(f"unknown kind of file: {path.suffix!r}", where=str(path), fix=fix)
+        raise UserError(f"unknown kind of file: {path.suffix!r}", where=str(path), fix=_KINDS)
     try:
         return [*readers[path.suffix.lower()](path, column)]
     except UnicodeDecodeError as error:
-        raise UserError("the file is not UTF-8", where=str(path), fix=str(error)) from error
+        fix = "save it as UTF-8, as iconv -f LATIN1 -t UTF-8 does"
+        raise UserError("the file is not UTF-8", where=str(path), fix=fix) from error
 
 
 def _lines(path: Path, column: str | None) -> Iterator[str]:
@@ -95,7 +100,8 @@ def _table(path: Path, column: str | None) -> Iterator[str]:
                 continue
             if place >= len(row):
                 what = f"line {line} has {len(row)} columns, and no {place + 1}."
-                raise UserError(what, where=str(path))
+                fix = "mend the line, or name another column"
+                raise UserError(what, where=str(path), fix=fix)
             yield row[place]
 
 
@@ -103,7 +109,8 @@ def _rows(rows: Iterator[list[str]], path: Path) -> Iterator[list[str]]:
     try:
         yield from rows
     except csv.Error as error:
-        raise UserError(str(error), where=str(path)) from error
+        fix = "mend the file, or give a .txt file with a text a line"
+        raise UserError(f"no table, {first_line(error)}", where=str(path), fix=fix) from error
 
 
 def _place(heads: Sequence[str], column: str | None, path: Path) -> tuple[int, bool]:
@@ -118,10 +125,13 @@ def _place(heads: Sequence[str], column: str | None, path: Path) -> tuple[int, b
             return int(column) - 1, False
     elif column is not None and column in heads:
         return heads.index(column), True
-    numbers = f"a number from 1 to {len(heads)} if these are no heads"
-    fix = f"choose from {', '.join(heads)}, or {numbers}"
-    what = "which column holds the texts?" if column is None else f"no column {column!r}"
-    raise UserError(what, where=str(path), fix=f"--column: {fix}")
+    line = " | ".join(heads)
+    line = line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
+    what = "which column holds the texts?" if column is None else f"no column {column!r},"
+    what += f" there are {len(heads)}, and the first line is {line!r}"
+    fix = "--column NAME takes one of these names, "
+    fix += "--column 1 takes the first of a file without a header line"
+    raise UserError(what, where=str(path), fix=fix)
 
 
 def _json_lines(path: Path, column: str | None) -> Iterator[str]:
@@ -131,14 +141,19 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
                 continue
             where = f"{path}:{number}"
             try:
-                item = json.loads(line)
+                item = json.loads(line.rstrip())
             except ValueError as error:
-                raise UserError(f"no JSON, {error}", where=where) from error
+                what = first_line(error)
+                if isinstance(error, json.JSONDecodeError):  # its line is always the first
+                    what = f"{error.msg} at column {error.colno}"
+                fix = f"give a line such as {_JSON_LINE}"
+                raise UserError(f"no JSON, {what}", where=where, fix=fix) from error
             if isinstance(item, str) and column is None:
                 yield item
                 continue
             if not isinstance(item, dict):
-                raise UserError("the line is not a JSON object", where=where)
+                fix = f"give one such as {_JSON_LINE}"
+                raise UserError("the line is not a JSON object", where=where, fix=fix)
             key = column or next((name for name in _USUAL if name in item), None)
             if key is None or not isinstance(item.get(key), str):
                 what = "which key holds the text?" if key is None else f"no text under {key!r}"

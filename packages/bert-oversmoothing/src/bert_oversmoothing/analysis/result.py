@@ -96,7 +96,7 @@ class OversmoothingReport:
 def draw(tables: Tables, folder: Path) -> list[Path]:
     """Write the pictures in figures/ and report.html; return the files, the page last."""
     pictures = draw_all(tables, folder / "figures")
-    write_html(tables, folder / "report.html")
+    write_html(tables, folder / "report.html", pictures)
     return [*pictures, folder / "report.html"]
 
 

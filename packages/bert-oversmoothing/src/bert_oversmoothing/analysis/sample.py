@@ -192,8 +192,8 @@ class _Run:
 def add_columns(rows: list[Row], sample: Sample, metrics: Collection[str]) -> dict[str, np.ndarray]:
     """Add what the sample tells to the rows of layers.csv; return the arrays of sample.npz.
 
-    Values are means over the sample's texts, those of v_tight and v_paper medians, for one text with
-    a tiny sigma would rule their mean; their deviation is still that from the mean.
+    A value is the mean over the sample's texts; of v_tight and v_paper it is the median, for one
+    text with a tiny sigma would rule their mean, and `_std` is still the deviation from the mean.
     """
     arrays: dict[str, np.ndarray] = {}
     texts = sample.texts()
@@ -246,7 +246,10 @@ def _add(
 
 
 def _add_ranks(rows: list[Row], texts: Sequence[tuple[int, Tensor]]) -> np.ndarray:
-    """Ranks, and the mean of the singular values over the largest, of the texts that have them."""
+    """Ranks, and the mean over texts of the singular values over the largest.
+
+    A text has as many as tokens, and behind them zeros: so the mean falls as those of a text do.
+    """
     spectra: list[Tensor] = []
     values: dict[str, list[Tensor]] = {}
     for _, x_knd in texts:
@@ -259,9 +262,7 @@ def _add_ranks(rows: list[Row], texts: Sequence[tuple[int, Tensor]]) -> np.ndarr
     for name, of_text in values.items():
         _add(rows, name, torch.stack(of_text, 1))
     longest = max(s.shape[1] for s in spectra)
-    padded = [
-        torch.nn.functional.pad(s, (0, longest - s.shape[1]), value=torch.nan) for s in spectra
-    ]
+    padded = [torch.nn.functional.pad(s, (0, longest - s.shape[1])) for s in spectra]
     return torch.stack(padded).nanmean(0).numpy()
 
 

@@ -95,10 +95,7 @@ class Sums:
                 row["high_frequency_left_out"] = spread.left_out
             elif name in ("sigma1_min", "sigma2_min") and spread.texts:
                 row[name.replace("min", "lowest")] = spread.minimum
-            elif name in (
-                "contraction",
-                "log_contraction",
-            ):  # that of the logarithm, if it is there
+            elif name in ("contraction", "log_contraction"):  # logarithms come last, and stay
                 row["left_out"] = spread.left_out
         if "cos" in metrics:
             self._between(rows)

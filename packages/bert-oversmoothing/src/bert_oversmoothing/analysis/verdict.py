@@ -12,7 +12,7 @@ from bert_oversmoothing.report.tables import Row
 MILD, STRONG = 0.1, 0.3
 """Cosine of the last layer minus the least of any layer, from which on smoothing is called so."""
 
-_NORMS = ("log_norm1", "log_norm2", "log_final_norm")
+_NORMS = ("log_norm1", "log_norm2")
 
 
 def verdict(rows: Sequence[Row], encoder: Encoder) -> dict[str, Any]:
@@ -31,9 +31,11 @@ def verdict(rows: Sequence[Row], encoder: Encoder) -> dict[str, Any]:
         rise = values[-1] - values[layer]
         found |= {"smallest": values[layer], "at_layer": layer, "last": values[-1]}
         found["word"] = "none" if rise < MILD else "mild" if rise < STRONG else "strong"
+        least, last = f"{values[layer]:.2f}", len(values) - 1
         parts.append(
-            f"similarity {values[layer]:.2f} at layer {layer} -> {values[-1]:.2f} at layer "
-            f"{len(values) - 1}"
+            f"least alike in the last layer, {least}"
+            if layer == last
+            else f"similarity {least} at layer {layer} -> {values[-1]:.2f} at layer {last}"
         )
     parts += _who(rows)
     if bound := _bound(rows, encoder):
@@ -52,7 +54,7 @@ def thresholds() -> str:
 
 
 def _who(rows: Sequence[Row]) -> list[str]:
-    """What the parts add to ln d_M over all blocks."""
+    """What the parts add to ln d_M over all blocks, and what the norm behind them adds."""
     groups = {
         "norms": _NORMS,
         "attention": ("log_attention",),
@@ -68,7 +70,11 @@ def _who(rows: Sequence[Row]) -> list[str]:
     name, value = told[0]
     others = "".join(f", {name} {value:+.1f}" for name, value in told[1:])
     verb = "contribute" if name == "norms" else "contributes"
-    return [f"{name} {verb} {value:+.1f} of ln d_M{others}"]
+    sentences = [f"{name} {verb} {value:+.1f} of ln d_M{others}"]
+    final = rows[-1].get("log_final_norm")
+    if isinstance(final, float):  # no layer is measured behind it
+        sentences.append(f"final norm, behind the last layer, {final:+.1f}")
+    return sentences
 
 
 def _bound(rows: Sequence[Row], encoder: Encoder) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from bert_oversmoothing.analysis import METRICS, OversmoothingReport, list_images, read_texts
 from bert_oversmoothing.analysis import analyze as analyse
 from bert_oversmoothing.commands.opening import open_model, open_reader
+from bert_oversmoothing.convert import check_new
 from tenfold.console import at_least
 from tenfold.errors import UserError
 
@@ -41,11 +42,12 @@ def analyze(
 
     Args:
         model: hub id or folder of any encoder, or a model, checkpoint or run with fusion.
-        texts: a few texts, in front of all options.
+        texts: a few texts, as bare words behind MODEL and in front of all options: analyze MODEL
+            "one text" "another".
         file: more of them: .txt with a text a line, .tsv, .csv or .jsonl.
         column: of a table, by name or number from 1; key of JSON lines.
         images: folder of images, for a vision model.
-        out: folder for layers.csv, heads.csv, tokens.csv, run.json, figures and report.html.
+        out: new folder for layers.csv, heads.csv, tokens.csv, run.json, figures and report.html.
         max_length: tokens above which a text is cut; the model's own limit if that is less.
         batch_size: texts in a forward pass.
         metrics: cos, dm, rank, graph, sigma, bound, who, with commas between them.
@@ -64,6 +66,7 @@ def analyze(
     """
     at_least(1, batch_size=batch_size, sample=sample, limit=limit)
     at_least(2, max_length=max_length)
+    check_new(out)
     items: list[Any] = [*read_items(texts, file, column, images, limit)]
     opened = open_model(
         model, revision=revision, trust_remote_code=trust_remote_code, device=device
@@ -87,6 +90,7 @@ def analyze(
     )
     found.tables.run["options"]["limit"] = limit
     print(found.summary())
+    print("drawing the pictures", flush=True)
     files = found.save(out)
     tables = [path.name for path in files if path.parent == out and path.suffix != ".html"]
     figures = sum(path.suffix == ".png" for path in files)
@@ -111,6 +115,17 @@ def read_items(
     if texts or file is not None:
         raise UserError("texts and images at once", where="--images", fix="give one of them")
     return list_images(images, limit)
+
+
+def one_file(texts: Path | None, file: Path | None) -> Path | None:
+    """The file of texts of a command that knows it under two names.
+
+    Raises:
+        UserError: both are given.
+    """
+    if texts is not None and file is not None:
+        raise UserError("--texts and --file are the same", where=str(file), fix="give one of them")
+    return file if texts is None else texts
 
 
 def measure(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bert_oversmoothing.analysis import OversmoothingReport
-from bert_oversmoothing.commands.analyze import measure, read_items
+from bert_oversmoothing.commands.analyze import measure, one_file, read_items
 from bert_oversmoothing.commands.opening import names_of, open_model
+from bert_oversmoothing.convert import check_new
 from bert_oversmoothing.report import draw_compare
 from bert_oversmoothing.report.tables import LAYER_COLUMNS
 from tenfold.console import at_least, columns
@@ -20,6 +21,7 @@ def compare(
     models: list[str],
     *,
     texts: Path | None = None,
+    file: Path | None = None,
     column: str | None = None,
     images: Path | None = None,
     out: Path = Path("comparison"),
@@ -37,9 +39,10 @@ def compare(
     Args:
         models: two or more, each as in analyze, in front of all options.
         texts: file of them: .txt with a text a line, .tsv, .csv or .jsonl.
+        file: the same as --texts, as analyze calls it.
         column: of a table, by name or number from 1; key of JSON lines.
         images: folder of images, for vision models.
-        out: folder for compare.csv, compare.png, and the analysis of each model.
+        out: new folder for compare.csv, compare.png, and the analysis of each model.
         max_length: tokens above which a text is cut.
         batch_size: texts in a forward pass.
         exclude_special: leave [CLS], [SEP] and the like out.
@@ -53,10 +56,10 @@ def compare(
     if len(models) < 2:
         raise UserError("two or more models can be compared", fix="name another one")
     names = names_of(models)
-    items: list[Any] = [*read_items(None, texts, column, images, limit)]
+    check_new(out)
+    items: list[Any] = [*read_items(None, one_file(texts, file), column, images, limit)]
     found: dict[str, OversmoothingReport] = {}
     for name, model in zip(names, models, strict=True):
-        print(f"{name}:")
         found[name] = measure(
             model,
             open_model(model, trust_remote_code=trust_remote_code, device=device),
@@ -73,6 +76,7 @@ def compare(
         found[name].tables.save(out / name.replace("/", "--"))
     print(table(found))
     _write(found, out / "compare.csv")
+    print("drawing the pictures", flush=True)
     draw_compare({name: report.tables for name, report in found.items()}, out / "compare.png")
     print(f"wrote {out / 'compare.csv'} and {out / 'compare.png'}")
 

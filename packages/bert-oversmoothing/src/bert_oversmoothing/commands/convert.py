@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from bert_oversmoothing.commands.opening import load_fused
 from bert_oversmoothing.convert import check_new, save_folder, to_fusion, to_plain
-from bert_oversmoothing.module import is_run, load_model, load_tokenizer
+from bert_oversmoothing.fusion.layers import check_kind
+from bert_oversmoothing.module import is_run, load_tokenizer
 from tenfold.console import at_least
 from tenfold.errors import UserError
 
@@ -57,13 +59,14 @@ def convert(
     check_new(out)
     at_least(1, num_labels=num_labels)
     if to == "plain":
-        plain = to_plain(load_model(src), force_last=force_last)
+        plain = to_plain(load_fused(src), force_last=force_last)
         of_run = is_run(src)
         files = save_folder(
             plain, out, None if of_run else src, load_tokenizer(src) if of_run else None
         )
         kind = type(plain).__name__
     else:
+        check_kind(fusion)
         if task is None:
             fix = "choose classification, choice, qa, tokens, image or mlm"
             raise UserError("the task of the head is not given", where="--task", fix=fix)
@@ -78,11 +81,13 @@ def convert(
             "ignore_mismatched_sizes": ignore_mismatched_sizes,
             "trust_remote_code": trust_remote_code,
         }
+        print(f"reading {src}", flush=True)
         model = to_fusion(src, task, fusion, **options)
         files = save_folder(model, out, src)
         kind = type(model).__name__
         added = sum(parameter.numel() for parameter in model.fusion_parameters())
-        print(f"{model.config.fusion} of layers {model.config.layers}: {added:,} parameters more")
+        more = "1 parameter more" if added == 1 else f"{added:,} parameters more"
+        print(f"{model.config.fusion} of layers {model.config.layers}: {more}")
     if not files:
         print("no tokenizer beside the weights: copy its files into the folder")
     print(f"wrote the model folder {out}, a {kind}")

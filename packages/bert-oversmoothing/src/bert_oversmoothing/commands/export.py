@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from bert_oversmoothing.convert import check_new, save_folder
+from bert_oversmoothing.commands.opening import load_fused
+from bert_oversmoothing.convert import check_new, check_writable, save_folder
 from bert_oversmoothing.export import export_model
-from bert_oversmoothing.module import is_run, load_model, load_tokenizer
+from bert_oversmoothing.module import is_run, load_tokenizer
 from tenfold.errors import UserError
 
 
@@ -32,18 +33,26 @@ def export(
             never, or always (an error where they cannot).
         check: compare on random inputs of several sizes.
     """
-    model = load_model(ckpt)
+    _check(out, format)
+    model = load_fused(ckpt)
     if format == "safetensors":
-        check_new(out)
         of_run = is_run(ckpt)
         tokenizer = load_tokenizer(ckpt) if of_run else None
         save_folder(model, out, None if of_run else ckpt, tokenizer)
         print(f"wrote the model folder {out}")
         return
-    if out.is_dir():
-        raise UserError("a folder, not a file", where=str(out), fix=f"name a file, model.{format}")
     done = export_model(model, out, format, folding=fold, check=check)
     if done.folded:
         print(done.folded)
     print(f"{', '.join(done.inputs)} -> {', '.join(done.outputs)}")
     print(f"wrote {done}")
+
+
+def _check(out: Path, format: str) -> None:
+    """Refuse a place that cannot be written, before a model is read."""
+    if format == "safetensors":
+        check_new(out)
+    elif out.is_dir():
+        raise UserError("a folder, not a file", where=str(out), fix=f"name a file, model.{format}")
+    else:
+        check_writable(out)

@@ -242,6 +242,29 @@ def _cross_entropy(logits_kbc: Tensor, label_b: Tensor) -> Tensor:
     return each.unflatten(0, (layers, -1)).mean(1)
 
 
+def error_of_most_frequent(known: States, asked: States, data: OversmoothingData) -> float | None:
+    """The error on other items of always naming the label that is most frequent in training.
+
+    Args:
+        known: training states.
+        asked: those of the other items.
+        data: whose task it is.
+
+    Returns:
+        1 less the score, 0 to 1 or, with a negative score, more; None for questions and for
+        labels that are scores.
+    """
+    if data.task == "qa" or (data.task == "classification" and data.num_labels == 1):
+        return None
+    classes = int(known.length.max()) if data.task == "choice" else data.num_labels
+    labels = known.fields["labels"]
+    most = labels[labels >= 0].bincount().argmax()
+    logits = F.one_hot(most.expand(len(asked.length)), classes).float()
+    metric = data.metric("val")
+    metric.update({"logits": logits}, asked.fields)
+    return 1 - float(metric.compute()["score"])
+
+
 @torch.no_grad()
 def score_heads(
     heads: LayerHeads, asked: States, data: OversmoothingData, batch_size: int = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bert_oversmoothing.families import read_encoder
-from bert_oversmoothing.model import FusionConfig
-from bert_oversmoothing.model.loading import reading, stored_config
+from bert_oversmoothing.model import FusionConfig, FusionModel
+from bert_oversmoothing.model.loading import reading, silent, stored_config
 from bert_oversmoothing.module.opening import is_run, load_model, load_tokenizer
 from tenfold.device import pick_device
 from tenfold.errors import UserError, first_line
@@ -34,6 +35,7 @@ def open_model(
         UserError: no model there, one that needs code of its own, or no such device.
     """
     where = pick_device(device)
+    print(f"reading {name}", flush=True)
     if is_run(name):
         return _moved(load_model(name), where)
     hub: dict[str, Any] = {"revision": revision} if revision else {}
@@ -54,6 +56,20 @@ def open_model(
     model, info = loaded
     _check_blocks(model, info["missing_keys"], name)
     return _moved(model, where)
+
+
+def load_fused(name: str) -> FusionModel:
+    """The model of `load_model`; for a plain one, how a fusion is put into it.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    print(f"reading {name}", flush=True)
+    if not is_run(name) and (kind := stored_config(name, {})["model_type"]) != "fusion":
+        put = ["convert", name, "--fusion", "gate", "--task", "TASK", "OUT"]
+        fix = f"bert-oversmoothing {shlex.join(put)}"
+        raise UserError(f"a plain {kind}, no fusion model", where=name, fix=fix)
+    return load_model(name)
 
 
 def _check_blocks(model: PreTrainedModel, missing: Collection[str], name: str) -> None:
@@ -94,7 +110,8 @@ def open_reader(
     )
     fix = "name a folder that has one: --tokenizer DIR"
     try:
-        reader = kind.from_pretrained(place, trust_remote_code=trust_remote_code)
+        with silent():
+            reader = kind.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub, the network and the disk raise many kinds
         raise UserError(f"no {what} there: {first_line(error)}", where=place, fix=fix) from error
     # Of a folder without files transformers makes a tokenizer that knows no word.

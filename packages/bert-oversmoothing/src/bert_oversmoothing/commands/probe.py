@@ -12,8 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from bert_oversmoothing.commands.layer_heads import fit_heads, keep_states, score_heads
+from bert_oversmoothing.commands.layer_heads import (
+    error_of_most_frequent,
+    fit_heads,
+    keep_states,
+    score_heads,
+)
 from bert_oversmoothing.commands.opening import open_model
+from bert_oversmoothing.convert import check_new
 from bert_oversmoothing.data import OversmoothingData
 from bert_oversmoothing.families import read_encoder
 from bert_oversmoothing.module import is_run, load_run, load_tokenizer
@@ -46,7 +52,8 @@ def probe(
     Args:
         model: folder or hub id of an encoder, fine-tuned or not, or a run of fit.
         data: arguments of the data, as --data.source sst2 --data.root FOLDER; those of the run
-            where the model is one, and its tokenizer that of the model.
+            where the model is one, and its tokenizer that of the model. Without any, and without
+            a run, the heads are trained on the generated task of the demo.
         epochs: of the heads.
         lr: their highest learning rate, which warms up and decays as in fine-tuning.
         batch_size: items in a step.
@@ -54,12 +61,13 @@ def probe(
         cache_limit: gigabytes that the states may take on the disk.
         cache: folder for the states, which go at the end; that of temporary files if left out.
         device: auto, cpu, cuda, cuda:N or mps.
-        out: folder for probe.csv and probe.png.
+        out: new folder for probe.csv and probe.png.
     """
     at_least(1, epochs=epochs, batch_size=batch_size, seeds=seeds)
     at_least(0, lr=lr)
     if not 0 < cache_limit < float("inf"):
         raise UserError(f"--cache-limit must be above 0, got {cache_limit}")
+    check_new(out)
     encoder = read_encoder(open_model(model, device=device))
     source = _data(model, data or {})
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as folder:
@@ -73,7 +81,7 @@ def probe(
         for seed in range(seeds):
             heads = fit_heads(known, source, seed=seed, **options)
             found.append(score_heads(heads, asked, source))
-        rows = layer_rows(asked.cosine, found)
+        rows = layer_rows(asked.cosine, found, error_of_most_frequent(known, asked, source))
         del known, asked  # before their files
     write(rows, out)
     print(told(rows, len(found)))
@@ -83,13 +91,16 @@ def probe(
 
 
 def layer_rows(
-    cosine: Sequence[float], found: Sequence[Sequence[Mapping[str, float]]]
+    cosine: Sequence[float],
+    found: Sequence[Sequence[Mapping[str, float]]],
+    most_frequent: float | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each layer: its similarity, and over seeds the error, 1 - score, and all figures.
 
     Args:
         cosine: of every layer.
         found: of every seed and layer the figures of the task.
+        most_frequent: error of always naming the most frequent label, if that is an answer.
     """
     rows = []
     for layer, similarity in enumerate(cosine):
@@ -97,6 +108,8 @@ def layer_rows(
         errors = [1 - figures["score"] for figures in here]
         row = {"layer": layer, "cosine": similarity, "error": statistics.fmean(errors)}
         row["error_std"] = statistics.stdev(errors) if len(errors) > 1 else None
+        if most_frequent is not None:
+            row["error_most_frequent"] = most_frequent
         others = [name for name in here[0] if name != "score"]
         row |= {name: statistics.fmean(figures[name] for figures in here) for name in others}
         rows.append(row)
@@ -112,6 +125,7 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     table.writerows(rows)
     with atomic_file(out / "probe.csv") as file:
         file.write(text.getvalue().encode())
+    print("drawing the picture", flush=True)
     draw_probe(rows, out / "probe.png")
     print(f"wrote {out / 'probe.csv'} and {out / 'probe.png'}")
 
@@ -125,10 +139,15 @@ def told(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
         cells.append([str(row["layer"]), f"{row['cosine']:.3f}", error, *spread])
     best, alike = (min(rows, key=lambda row: row[name]) for name in ("error", "cosine"))
     last = rows[-1]
+    beside = ""
+    if (constant := last.get("error_most_frequent")) is not None:
+        beside = f"\nalways naming the most frequent label: error {100 * constant:.2f} %"
+        if best["error"] >= constant:
+            beside += ", which no layer beats"
     return (
         f"{columns(cells)}\n\nleast error {100 * best['error']:.2f} % at layer {best['layer']}, "
         f"{100 * last['error']:.2f} % at the last, {last['layer']}; least similarity "
-        f"{alike['cosine']:.3f} at layer {alike['layer']}, {last['cosine']:.3f} at the last"
+        f"{alike['cosine']:.3f} at layer {alike['layer']}, {last['cosine']:.3f} at the last{beside}"
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from bert_oversmoothing.analysis import draw
+from bert_oversmoothing.convert import check_writable
 from bert_oversmoothing.report import Tables
 
 
@@ -12,6 +13,9 @@ def report(run: Path) -> None:
     Args:
         run: folder that analyze wrote.
     """
-    files = draw(Tables.load(run), run)
+    tables = Tables.load(run)
+    check_writable(run / "figures" / "any.png")
+    print("drawing the pictures", flush=True)
+    files = draw(tables, run)
     print(f"wrote {len(files) - 1} figures to {run / 'figures'}")
     print(f"see {files[-1]}")

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from bert_oversmoothing.analysis import model_trials, read_texts
+from bert_oversmoothing.commands.analyze import one_file
 from bert_oversmoothing.commands.opening import open_model, open_reader
+from bert_oversmoothing.convert import check_new
 from bert_oversmoothing.report import draw_theorem
 from bert_oversmoothing.theorem import Summary, Trial, check_theorem, summarise
 from tenfold.console import at_least, columns
 
 _SHOWN = 20  # violations that are listed
+_LARGEST = "largest ratio / bound"
 
 
 def theorem(
@@ -22,6 +25,7 @@ def theorem(
     trials: int = 200,
     model: str | None = None,
     texts: Path | None = None,
+    file: Path | None = None,
     column: str | None = None,
     limit: int = 16,
     seed: int = 0,
@@ -38,15 +42,18 @@ def theorem(
         trials: random blocks, of post-norm and pre-norm, from weights that do nothing to chaos.
         model: a model instead, as in analyze, in float64.
         texts: file of texts for it; random words if left out.
+        file: the same as --texts, as analyze calls it.
         column: of a table, by name or number from 1; key of JSON lines.
         limit: texts of the model.
         seed: of random blocks, and of random words.
-        out: folder for trials.csv and theorem.png.
+        out: new folder for trials.csv and theorem.png.
         tokenizer: folder or hub id, if there is none with the model.
         trust_remote_code: run code that comes with the model.
         device: auto, cpu or cuda.
     """
     at_least(1, trials=trials, limit=limit)
+    check_new(out)
+    texts, blocks = one_file(texts, file), None
     if model is None:
         found = check_theorem(trials, seed=seed)
         print(_table(summarise(found)))
@@ -60,6 +67,7 @@ def theorem(
         by_block = model_trials(opened, **given)
         print(_blocks(by_block))
         found = [trial for block in by_block for trial in block]
+        blocks = [number for number, block in enumerate(by_block, 1) for _ in block]
     broken = [trial for trial in found if trial.violation]
     told = sum(not trial.vacuous for trial in found)
     print(f"{len(found)} trials, {len(broken)} violations; the bound is below 1 in {told}")
@@ -67,7 +75,9 @@ def theorem(
         print(_violations(broken))
     out.mkdir(parents=True, exist_ok=True)
     _write(found, out / "trials.csv")
-    print(f"wrote {out / 'trials.csv'} and {draw_theorem(found, out / 'theorem.png')}")
+    print("drawing the picture", flush=True)
+    picture = draw_theorem(found, out / "theorem.png", blocks)
+    print(f"wrote {out / 'trials.csv'} and {picture}")
     return int(bool(broken))
 
 
@@ -94,7 +104,8 @@ def _table(summaries: Sequence[Summary]) -> str:
 
 def _blocks(by_block: Sequence[Sequence[Trial]]) -> str:
     """A line a block of a model."""
-    rows = [["block", "texts", "measured", "v tight", "v paper", "largest share", "violations"]]
+    heads = ["block", "texts", "measured", "v tight", "v paper", _LARGEST, "violations"]
+    rows = [heads]
     for number, block in enumerate(by_block, 1):
         if not block:
             rows.append([str(number), "0", *["-"] * 5])
@@ -104,7 +115,8 @@ def _blocks(by_block: Sequence[Sequence[Trial]]) -> str:
         figures = (f"{medians.ratio:.3f}", f"{medians.v_tight:.3g}", f"{medians.v_paper:.3g}")
         cells = [str(number), str(len(block)), *figures, f"{largest:.3f}", str(medians.violations)]
         rows.append(cells)
-    return columns(rows)
+    why = "of the text where they are nearest; above 1 the theorem is broken"
+    return f"{columns(rows)}\nmedians over texts; {_LARGEST}: {why}"
 
 
 def _violations(broken: Sequence[Trial]) -> str:

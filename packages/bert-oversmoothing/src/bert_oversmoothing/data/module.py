@@ -14,12 +14,7 @@ from bert_oversmoothing.data.generated import TRAIN_ITEMS, Form, OddRunItems, la
 from bert_oversmoothing.data.glue import TASKS
 from bert_oversmoothing.data.masking import Masking
 from bert_oversmoothing.data.records import Example, Question
-from bert_oversmoothing.data.sources import (
-    GENERATED,
-    SOURCES,
-    TSV,
-    task_of,
-)
+from bert_oversmoothing.data.sources import GENERATED, SOURCES, TSV, task_of
 from bert_oversmoothing.data.splits import Splits
 from bert_oversmoothing.data.tokenizing import (
     WORD,
@@ -255,8 +250,8 @@ class OversmoothingData(DataModule):
             return
         if stage in (None, "fit"):
             self.splits.drawn("train")
-        if stage in (None, "fit", "validate") and self.splits.records("val") is not None:
-            self.splits.drawn("val")
+        if stage in (None, "fit", "validate"):
+            self.splits.validated()
         if stage in ("test", "predict"):
             split = self.split_of(stage)
             if split == "val":
@@ -376,6 +371,10 @@ class OversmoothingData(DataModule):
         if self.source == GENERATED and name != "predict":
             return self._items(name).passages()
         return self._cut(name).passages()
+
+    def texts(self, split: str = "predict") -> list[dict[str, str]]:
+        """What the items of a split are named by, as `index` is: see `Splits.texts`."""
+        return self.splits.texts(self.split_of(split))
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -21,11 +21,13 @@ class _Known(NamedTuple):
 
     Attributes:
         tree: what a root is expected to hold.
+        val: its file of validation.
         ask: where to get it.
         hub: its name on the Hugging Face hub.
     """
 
     tree: str
+    val: str
     ask: str
     hub: str | None = None
 
@@ -34,16 +36,27 @@ _GLUE = "GLUE's files are at gluebenchmark.com/tasks"
 _SQUAD = "they are at rajpurkar.github.io/SQuAD-explorer"
 _KNOWN: dict[str, _Known] = {
     **{
-        name: _Known(f"{task.folder}/{{{glue.tree(name)}}}", _GLUE, "nyu-mll/glue")
+        name: _Known(
+            f"{task.folder}/{{{glue.tree(name)}}}",
+            " and ".join(glue.files(name, "val")),
+            _GLUE,
+            "nyu-mll/glue",
+        )
         for name, task in glue.TASKS.items()
     },
     SWAG: _Known(
-        "train.csv, val.csv, test.csv", "they are at github.com/rowanz/swagaf", "allenai/swag"
+        *("train.csv, val.csv, test.csv", "val.csv"),
+        *("they are at github.com/rowanz/swagaf", "allenai/swag"),
     ),
-    "squad1": _Known("train-v1.1.json, dev-v1.1.json", _SQUAD, "rajpurkar/squad"),
-    "squad2": _Known("train-v2.0.json, dev-v2.0.json", _SQUAD, "rajpurkar/squad_v2"),
-    TSV: _Known("train.tsv, dev.tsv, test.tsv", "their lines are `sentence TAB label`"),
-    TEXT: _Known("train.txt and dev.txt, or .tsv", "a sentence a line; of .tsv the first column"),
+    "squad1": _Known("train-v1.1.json, dev-v1.1.json", "dev-v1.1.json", _SQUAD, "rajpurkar/squad"),
+    "squad2": _Known(
+        *("train-v2.0.json, dev-v2.0.json", "dev-v2.0.json", _SQUAD), "rajpurkar/squad_v2"
+    ),
+    TSV: _Known("train.tsv, dev.tsv, test.tsv", "dev.tsv", "their lines are `sentence TAB label`"),
+    TEXT: _Known(
+        *("train.txt and dev.txt, or .tsv", "dev.txt"),
+        "a sentence a line; of .tsv the first column",
+    ),
 }
 
 
@@ -125,6 +138,14 @@ class Place:
         if records is None:
             raise missing(self.source, self.root, f"source {self.source}: no {split} files")
         return records
+
+    def without_validation(self) -> str:
+        """What is missing where there is no validation split, in words."""
+        if self._saved() is not None:
+            return f"no validation split in {self.name or self.root}"
+        assert self.root is not None
+        beside = "is read beside" if self.root.is_file() else "in"
+        return f"no {_KNOWN[self.source].val} {beside} {self.root}"
 
     def labels(self) -> list[str]:
         """Names of the classes of a plain table, from its first split.

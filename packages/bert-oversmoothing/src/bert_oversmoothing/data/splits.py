@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 
 from bert_oversmoothing.data.glue import TASKS
 from bert_oversmoothing.data.own import read_own
-from bert_oversmoothing.data.records import Broken, Records
+from bert_oversmoothing.data.records import Broken, Example, Records
 from bert_oversmoothing.data.sources import GENERATED, TSV, Place
 from tenfold.data import BadItem, BadItems
+from tenfold.distributed import ranks
 from tenfold.errors import UserError
 from tenfold.training import mix
+
+log = logging.getLogger(__name__)
 
 
 class Splits:
@@ -112,6 +116,28 @@ class Splits:
         if split not in self._drawn:
             self._drawn[split] = self._draw(split)
         return list(self._drawn[split].values())
+
+    def validated(self) -> None:
+        """Reads the validation split; where there is none, says that nothing is validated.
+
+        Raises:
+            UserError: see `drawn`.
+        """
+        if self.records("val") is not None:
+            self.drawn("val")
+        elif ranks()[0] == 0:
+            log.warning("%s: nothing is validated", self.place.without_validation())
+
+    def texts(self, split: str) -> list[dict[str, str]]:
+        """`text`, and of a pair `text_pair`, of every drawn record; none where they are no texts.
+
+        Raises:
+            UserError: see `drawn`.
+        """
+        read = split == "predict" or self.source != GENERATED
+        records = [each for each in self.drawn(split) if isinstance(each, Example)] if read else []
+        pairs = ({} if each.pair is None else {"text_pair": each.pair} for each in records)
+        return [{"text": each.text, **pair} for each, pair in zip(records, pairs, strict=True)]
 
     def _draw(self, split: str) -> dict[int, Any]:
         records = self.records(split)

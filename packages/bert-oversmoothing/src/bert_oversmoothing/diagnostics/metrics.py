@@ -183,29 +183,29 @@ class PerText(Metric):
 
     def spreads(self) -> list[Spread]:
         """Of every measure."""
-        texts_k = self.histogram.sum(1)
+        upto_kn = self.histogram.cumsum(1)
+        texts_k = upto_kn[:, -1]
         mean_k = self.sums / texts_k
         std_k = (self.squares / texts_k - mean_k.square()).clamp(min=0).sqrt()
-        nothing_k = texts_k == 0
-        ends = [x.masked_fill(nothing_k, torch.nan) for x in (self.least, self.largest)]
+        ends = [x.masked_fill(texts_k == 0, torch.nan) for x in (self.least, self.largest)]
         # Minimum and maximum are exact: no quantile of a bin may pass them.
-        quantiles = [value_k.clamp(*ends) for value_k in self._quantiles(texts_k)]
+        quantiles = [self._quantile(q, upto_kn).clamp(*ends) for q in QUANTILES]
         figures = torch.stack([mean_k, std_k, *quantiles, *ends], 1).tolist()
         counts = torch.stack([texts_k, self.left_out], 1).tolist()
         skipped = int(self.skipped)
         return [Spread._make((*f, *c, skipped)) for f, c in zip(figures, counts, strict=True)]
 
-    def _quantiles(self, texts_k: Int64[Tensor, " measures"]) -> list[Float[Tensor, " measures"]]:
+    def _quantile(
+        self, q: float, upto_kn: Int64[Tensor, "measures bins"]
+    ) -> Float[Tensor, " measures"]:
         """Interpolated between the centres of the bins of the two nearest order statistics."""
-        upto_kn = self.histogram.cumsum(1)
-        places = [q * (texts_k - 1).clamp(min=0).double() for q in QUANTILES]
-        near_k4 = torch.stack([end for x in places for end in (x.floor(), x.ceil())], 1).long()
-        bins_k4 = torch.searchsorted(upto_kn, near_k4, right=True).clamp(max=_BINS - 1)
-        octave_k4 = (bins_k4.double() + 0.5) / _PER_OCTAVE + _LOWEST
-        value_k4 = octave_k4.exp2()
-        value_k4[self.logs] = octave_k4[self.logs] * math.log(2)
-        pairs = value_k4.mT.split(2)
-        return [torch.lerp(*pair_2k, x.frac()) for pair_2k, x in zip(pairs, places, strict=True)]
+        place_k = q * (upto_kn[:, -1] - 1).clamp(min=0).double()
+        near_k2 = torch.stack([place_k.floor(), place_k.ceil()], 1).long()
+        bins_k2 = torch.searchsorted(upto_kn, near_k2, right=True).clamp(max=_BINS - 1)
+        octave_k2 = (bins_k2.double() + 0.5) / _PER_OCTAVE + _LOWEST
+        value_k2 = octave_k2.exp2()
+        value_k2[self.logs] = octave_k2[self.logs] * math.log(2)
+        return torch.lerp(value_k2[:, 0], value_k2[:, 1], place_k.frac())
 
 
 class TokenCosine(PerText):
@@ -255,7 +255,7 @@ class RankOneDistance(PerText):
     def update(self, hidden_bnd: Hidden, mask_bn: Mask) -> None:
         """Count a batch of texts; the mask is True or not 0 at the real tokens."""
         mask_bn = mask_bn.bool()
-        values = (*distances(hidden_bnd, mask_bn), mad(hidden_bnd, mask_bn))
+        values = [*distances(hidden_bnd, mask_bn), mad(hidden_bnd, mask_bn)]
         self.count(torch.stack(values), mask_bn)
 
     def compute(self) -> DistanceSummary:
@@ -279,10 +279,8 @@ class EffectiveRank(PerText):
     def update(self, hidden_bnd: Hidden, mask_bn: Mask) -> None:
         """Count a batch of texts; the mask is True or not 0 at the real tokens."""
         mask_bn = mask_bn.bool()
-        values = [
-            singular_values(hidden_bnd, mask_bn, centred=centred) for centred in (False, True)
-        ]
-        ranks = [rank(s_bk) for rank in (effective_rank_of, stable_rank_of) for s_bk in values]
+        both = [singular_values(hidden_bnd, mask_bn, centred=each) for each in (False, True)]
+        ranks = [rank(s_bk) for rank in (effective_rank_of, stable_rank_of) for s_bk in both]
         self.count(torch.stack(ranks), mask_bn)
 
     def compute(self) -> RankSummary:

@@ -51,6 +51,21 @@ def parse_layers(
     return found
 
 
+def check_kind(kind: str) -> None:
+    """Refuse a fusion that there is not.
+
+    Raises:
+        UserError: names those that there are.
+    """
+    if kind not in KINDS and not _best(kind):
+        fix = f"choose {', '.join(KINDS)} or best_layer(i)"
+        raise UserError(f"unknown fusion: {kind!r}", where="fusion", fix=fix)
+
+
+def _best(kind: str) -> re.Match[str] | None:
+    return re.fullmatch(r"best_layer\((\d+)\)", kind)
+
+
 def layer_read(kind: str, layers: tuple[int, ...]) -> int | None:
     """The position among the layers of the one that a kind of fusion reads; None: it reads all.
 
@@ -60,11 +75,9 @@ def layer_read(kind: str, layers: tuple[int, ...]) -> int | None:
     Raises:
         UserError: no such kind, or no such layer.
     """
-    best = re.fullmatch(r"best_layer\((\d+)\)", kind)
+    check_kind(kind)
+    best = _best(kind)
     if not best:
-        if kind not in KINDS:
-            fix = f"choose {', '.join(KINDS)} or best_layer(i)"
-            raise UserError(f"unknown fusion: {kind!r}", where="fusion", fix=fix)
         return len(layers) - 1 if kind == "last" else None
     if int(best[1]) not in layers:
         fix = f"choose from {', '.join(map(str, layers))}"
@@ -78,7 +91,7 @@ def _group(name: str, known: range) -> tuple[int, ...]:
         return tuple(known)
     kind, _, count = name.partition(":")
     if kind not in ("last", "every") or not (count.isascii() and count.isdigit()):
-        fix = "choose all, last:k, every:k or a list of numbers"
+        fix = "choose all, last:k, every:k or numbers in brackets, as [0,6,12]"
         raise UserError(f"no such group of layers: {name!r}", where="layers", fix=fix)
     largest = len(known) if kind == "last" else known[-1]
     k = int(count)

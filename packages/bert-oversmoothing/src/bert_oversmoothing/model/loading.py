@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers as hf
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,20 +23,26 @@ from tenfold.errors import UserError, first_line
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _AGAIN = "download or copy it again"
+_PATIENCE = 10.0  # seconds for the Hub's first answer
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Silence what transformers prints while it reads and writes: tables and progress bars."""
-    log = hf.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    """Silence what transformers prints while it reads and writes: tables and progress bars.
+
+    And what the Hub's client tells of every request that it tries again.
+    """
+    log, hub = hf.utils.logging, logging.getLogger("huggingface_hub")
+    verbosity, bars, level = log.get_verbosity(), log.is_progress_bar_enabled(), hub.level
     log.set_verbosity_error()
     log.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
@@ -74,13 +82,46 @@ def stored_config(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("no such model folder", where=where)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError("no model folder, config.json is missing", where=where)
+    if not path.is_dir():
+        _ask_hub(where, _of_hub(options))
     try:
-        found, _ = PreTrainedConfig.get_config_dict(where, **_of_hub(options))
+        with silent():
+            found, _ = PreTrainedConfig.get_config_dict(where, **_of_hub(options))
     except Exception as error:  # the hub, the network and the disk raise many kinds
         raise UserError(f"no model there: {first_line(error)}", where=where) from error
     if not isinstance(found.get("model_type"), str):
         raise UserError("config.json names no model_type", where=where)
     return found
+
+
+def _ask_hub(where: str, options: Mapping[str, Any]) -> None:
+    """Refuse an id that neither the cache nor the Hub knows.
+
+    Without a network transformers tries for half a minute before it says so.
+
+    Raises:
+        UserError: there is no such model, or no way to the Hub.
+    """
+    try:
+        with silent():
+            PreTrainedConfig.get_config_dict(where, **{**options, "local_files_only": True})
+            return
+    except Exception as error:  # whatever is wrong with the cache, the Hub may know it
+        failure = error
+    if not options.get("local_files_only"):
+        asked = {key: options[key] for key in ("revision", "token") if key in options}
+        try:
+            with silent():
+                HfApi().model_info(where, timeout=_PATIENCE, **asked)
+                return
+        except Exception as error:  # of the network, of the name, or the Hub's answer
+            unknown = isinstance(error, RepositoryNotFoundError)
+            if isinstance(error, HfHubHTTPError) and not unknown:
+                return  # transformers tells what is wrong with the files
+            failure = error
+    what = "no such folder, nor a model on the Hugging Face hub or in its cache"
+    fix = "check the name and the network; a private model needs a token"
+    raise UserError(what, where=where, fix=fix) from failure
 
 
 def _of_hub(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,7 @@ class FusionModule(LightningModule):
         # in a tuple, which a module does not search for modules
         self._last_block = (self.net.encoder.blocks[-1].state,)
         self._kept: dict[str, Any] | None = None
+        self._texts: list[dict[str, str]] = []
         self._starts = weights is not None
 
     # -- what fits -----------------------------------------------------------------------------
@@ -169,12 +170,16 @@ class FusionModule(LightningModule):
         return getattr(self._trainer, "datamodule", None)
 
     def _check_data(self, data: Any) -> None:
-        labelled = self.hparams["task"] in ("classification", "tokens", "image")
-        for name in ("task", "num_labels") if labelled else ("task",):
-            theirs = getattr(data, name, self.hparams[name])
-            if theirs != self.hparams[name]:
-                what = f"the data have {name} {theirs}, the model {self.hparams[name]}"
-                raise UserError(what, fix=f"give --model.{name} {theirs}")
+        mine: Any = self.hparams
+        theirs: dict[str, Any] = {"task": getattr(data, "task", mine["task"])}
+        if theirs["task"] in ("classification", "tokens", "image"):
+            theirs["num_labels"] = getattr(data, "num_labels", mine["num_labels"])
+        others = {name: value for name, value in theirs.items() if value != mine[name]}
+        if others:  # told all at once, or the next run would stop at the next one
+            name, value = next(iter(others.items()))
+            what = f"the data have {name} {value}, the model {mine[name]}"
+            fix = " ".join(f"--model.{name} {value}" for name, value in others.items())
+            raise UserError(what, fix=f"give {fix}")
         words = len(getattr(data, "tokenizer", None) or ())
         rows = getattr(self.net.get_input_embeddings(), "num_embeddings", words)
         if words > rows:
@@ -259,8 +264,10 @@ class FusionModule(LightningModule):
         self._start("test")
 
     def on_predict_epoch_start(self) -> None:
-        """Likewise, for the answers of questions."""
+        """Likewise, for the answers of questions, and the texts that rows are named by."""
         self._start("predict")
+        texts = getattr(self._data(), "texts", None)
+        self._texts = texts("predict") if texts else []
 
     def _start(self, split: str) -> None:
         data = self._data()
@@ -326,7 +333,10 @@ class FusionModule(LightningModule):
             return word_rows(output.logits, index, batch, data.tokenizer.mask_token_id, words)
         if task == "tokens":
             return token_rows(output.logits, index, batch["attention_mask"], names)
-        return label_rows(output.logits, index, names, choices=task == "choice")
+        rows = label_rows(output.logits, index, names, choices=task == "choice")
+        if not self._texts:
+            return rows
+        return [{"index": i, **self._texts[i], **row} for i, row in zip(index, rows, strict=True)]
 
     def on_predict_epoch_end(self) -> None:
         """Writes answers.json, the best of all windows of a question, as SQuAD's program reads it.

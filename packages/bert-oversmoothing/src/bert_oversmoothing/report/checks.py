@@ -27,11 +27,16 @@ from tenfold.plotting import INK, MUTED, PALETTE, curve, points, save, style
 
 _ORDERS = {"post": "Post-norm blocks", "pre": "Pre-norm blocks"}
 _MARKERS = "osD^vP"
-_NAMED = 8  # deviations of the weights up to which each is in the legend
+_NAMED = 8  # groups up to which each is in the legend
 
 
-def theorem(trials: Sequence[Trial]) -> Figure:
+def theorem(trials: Sequence[Trial], blocks: Sequence[int] | None = None) -> Figure:
     """Measured ratio of d_M against its bound, both logarithmic, post-norm and pre-norm apart.
+
+    Args:
+        trials: each a point.
+        blocks: of each trial the number of its block in a model, which tells them apart; the
+            deviation of its weights if left out.
 
     Raises:
         ValueError: no trials.
@@ -42,10 +47,12 @@ def theorem(trials: Sequence[Trial]) -> Figure:
     fig = empty_figure(max(5.6, 4.9 * len(orders)), 4.9)
     with style():
         grid = fig.add_gridspec(1, len(orders))
-    stds = sorted({t.design.std for t in trials})
+    groups = [t.design.std for t in trials] if blocks is None else [float(n) for n in blocks]
+    levels = sorted({*groups})
     for column, order in enumerate(orders):
         ax = panel(fig, grid, 0, column)
-        found = [t for t in trials if t.design.order == order]
+        pairs = [p for p in zip(trials, groups, strict=True) if p[0].design.order == order]
+        found = [t for t, _ in pairs]
         bounds, ratios = [t.v_tight for t in found], [t.ratio for t in found]
         left, right = 0.6 * min(0.9, *bounds), 1.6 * max(2.0, *bounds)
         low, high = 0.7 * min(0.7, *ratios), 1.5 * max(1.5, *ratios)
@@ -54,17 +61,19 @@ def theorem(trials: Sequence[Trial]) -> Figure:
         log_axis(ax, "x")
         log_axis(ax)
         _draw_regions(ax, left, right, high)
-        _draw_trials(ax, found, stds)
+        _draw_trials(ax, pairs, levels, "weights of std" if blocks is None else "block")
         broken = sum(t.violation for t in found)
         told = sum(not t.vacuous for t in found)
-        below = f"{len(found)} blocks, {broken} violations, v < 1 in {told}"
+        what = "blocks" if blocks is None else "trials"
+        below = f"{len(found)} {what}, {broken} violations, v < 1 in {told}"
         title(ax, _ORDERS[order], below)
         with style():
             ax.set_xlabel("bound v, tight")
             ax.set_ylabel("measured ratio of $d_M$" if column == 0 else "")
     under(fig, fig.axes[0])
-    if len(stds) > _NAMED:  # such as of the blocks of a model
-        color_bar([*fig.axes], _norm(stds), "std of the weights", RAMP)
+    if len(levels) > _NAMED:  # such as of the blocks of a model
+        name = "std of the weights" if blocks is None else "block"
+        color_bar([*fig.axes], _norm(levels), name, RAMP, whole=blocks is not None)
     return fig
 
 
@@ -82,20 +91,23 @@ def _draw_regions(ax: Axes, left: float, right: float, high: float) -> None:
         ax.annotate("theorem broken", (left, 1), color=PALETTE[1], va="top", **place, **look)
 
 
-def _draw_trials(ax: Axes, trials: Sequence[Trial], stds: Sequence[float]) -> None:
-    named = len(stds) <= _NAMED
-    for index, std in enumerate(stds):
-        found = [t for t in trials if t.design.std == std]
+def _draw_trials(
+    ax: Axes, trials: Sequence[tuple[Trial, float]], levels: Sequence[float], name: str
+) -> None:
+    """The points of every group, of the levels in order, and rings around violations."""
+    named = len(levels) <= _NAMED
+    for index, level in enumerate(levels):
+        found = [t for t, group in trials if group == level]
         points(
             ax,
             [t.v_tight for t in found],
             [t.ratio for t in found],
-            label=f"weights of std {std:.3g}" if named else "",
-            color=to_hex(RAMP(_norm(stds)(std) if not named else index / max(1, len(stds) - 1))),
+            label=f"{name} {level:.3g}" if named else "",
+            color=to_hex(RAMP(index / max(1, len(levels) - 1) if named else _norm(levels)(level))),
             marker=_MARKERS[index % len(_MARKERS)] if named else "o",
             size=6.5,
         )
-    broken = [t for t in trials if t.violation]
+    broken = [t for t, _ in trials if t.violation]
     if broken:
         with style():
             ring: dict[str, Any] = {"mfc": "none", "mec": PALETTE[1], "mew": 2, "ms": 12}
@@ -103,25 +115,28 @@ def _draw_trials(ax: Axes, trials: Sequence[Trial], stds: Sequence[float]) -> No
             ax.plot(*at, "o", label="violation", **ring)
 
 
-def _norm(stds: Sequence[float]) -> Normalize:
-    return Normalize(min(stds), max(stds))
+def _norm(levels: Sequence[float]) -> Normalize:
+    return Normalize(min(levels), max(levels))
 
 
-def draw_theorem(trials: Sequence[Trial], path: str | Path) -> Path:
+def draw_theorem(
+    trials: Sequence[Trial], path: str | Path, blocks: Sequence[int] | None = None
+) -> Path:
     """Write `theorem` as a picture.
 
     Returns:
         ``path``.
     """
-    return save(theorem(trials), path)
+    return save(theorem(trials, blocks), path)
 
 
 def probe(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Error of a head at each layer against the token similarity there (the paper's Figure 1b).
 
     Args:
-        rows: of each layer "layer", "cosine" and "error" (a share), and "error_std" if several
-            seeds were run.
+        rows: of each layer "layer", "cosine" and "error" (a share), "error_std" if several
+            seeds were run, and "error_most_frequent", the same in every row, of always naming the
+            most frequent label, if that is an answer.
 
     Raises:
         ValueError: no rows.
@@ -148,12 +163,23 @@ def probe(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax.plot(cosine[[best]], error[[best]], "o", **ring)
         ax.margins(0.09)
         ax.set(xlabel="token similarity of the layer", ylabel="error of its head (%)")
+    panels = [ax, panel(fig, grid, 0, 1)]
+    if (constant := rows[0].get("error_most_frequent")) is not None:
+        _draw_constant(panels, 100 * float(constant))
     title(ax, "Error against similarity", f"ring: least error, layer {layers[best]}")
-    _draw_by_layer(panel(fig, grid, 0, 1), layers, error, best, "error (%)", spread)
+    _draw_by_layer(panels[1], layers, error, best, "error (%)", spread)
     lowest = int(np.nanargmin(cosine))
     _draw_by_layer(panel(fig, grid, 1, 1), layers, cosine, lowest, "similarity")
     title(fig.axes[1], "By layer", "ring: the least")
+    under(fig, ax)
     return fig
+
+
+def _draw_constant(panels: Sequence[Axes], error: float) -> None:
+    """A line at the error of who always names the same label."""
+    with style():
+        for ax in panels:
+            ax.axhline(error, color=INK, lw=1, ls="--", label="always the most frequent label")
 
 
 def _draw_by_layer(

@@ -133,11 +133,10 @@ def odd_run(results: Mapping[str, Any]) -> Figure:
     losses, after = results.get("loss") or {}, results.get("cosine_after") or {}
     before = results.get("cosine_before")
     more = bool(losses) + bool(before or after)
-    fig = empty_figure(
-        max(5.4, 1.6 + 0.75 * len(heads)) + (5.0 if more else 0), 5.6 if more > 1 else 4.2
-    )
+    wide = max(5.4, 1.6 + 0.85 * len(heads))
+    fig = empty_figure(wide + (5.0 if more else 0), 5.6 if more > 1 else 4.2)
     with style():
-        widths = [max(5.4, 1.6 + 0.75 * len(heads)), 5.0][: 1 + bool(more)]
+        widths = [wide, 5.0][: 1 + bool(more)]
         grid = fig.add_gridspec(max(1, more), len(widths), width_ratios=widths)
     _draw_scores(panel(fig, grid, slice(0, None), 0), results, heads, colors)
     if losses:
@@ -153,14 +152,17 @@ def _draw_scores(
     with style():
         for place, head in enumerate(heads):
             values = np.asarray(results["em"][head], float)
-            ax.bar(place, values.mean(), width=0.7, color=colors[head], alpha=0.9)
-            spread = np.linspace(-0.16, 0.16, len(values))
+            ax.bar(place, values.mean(), width=0.76, color=colors[head], alpha=0.9)
             look: dict[str, Any] = {"ms": 5, "mec": PAPER, "mew": 0.8, "color": INK, "zorder": 4}
-            if len(values) > 1:
-                ax.plot(place + spread, values, "o", **look)
-            top = {"ha": "center", "size": 9, "weight": "bold"}
+            seeds = len(values) > 1
+            if seeds:
+                ax.plot(place + np.linspace(-0.33, -0.09, len(values)), values, "o", **look)
+            # On the bar, and beside the dots: it is the height of the bar, and of no dot.
+            at = place + 0.38 * seeds, values.mean()
+            top: dict[str, Any] = {"size": 9, "weight": "bold", "path_effects": HALO}
+            top["ha"] = "right" if seeds else "center"
             text = f"{values.mean():.2f}"
-            ax.annotate(text, (place, values.max()), (0, 6), textcoords="offset points", **top)
+            ax.annotate(text, at, (0, 1), textcoords="offset points", va="bottom", **top)
         names = [head_label(head).replace(" ", "\n") for head in heads]
         ax.set_xticks(range(len(heads)), names)
         ax.tick_params(axis="x", length=0)

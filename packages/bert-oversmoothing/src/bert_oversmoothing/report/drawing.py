@@ -55,9 +55,10 @@ PICTURES = (
         smoothing.contributions,
         "The logarithm of each block's factor on d_M, split over the parts of the block. The split "
         "is exact and holds whatever the bound says. A bar below 0 pulls the tokens together, one "
-        "above 0 drives them apart, and the diamond is the sum. The small bars tell how much of "
-        "d_M squared lies in one token: where that is most of it, the picture speaks of that token "
-        "more than of the others.",
+        "above 0 drives them apart, and the diamond is the sum. A norm behind the last block has a "
+        "bar of its own: it is part of no block, and no layer is measured behind it. The small "
+        "bars tell how much of d_M squared lies in one token: where that is most of it, the "
+        "picture speaks of that token more than of the others.",
     ),
     Picture(
         "sigma",

@@ -224,6 +224,7 @@ def spectrum(tables: Tables) -> Figure | None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(ylim=(low / 1.5, 1.4), xlabel="singular value", ylabel="size over the largest")
     log_axis(ax)
-    title(ax, "Singular values by layer", "steep: the tokens lie near a line; mean over the sample")
+    about = "steep: the tokens lie near a line; mean over the sample, 0 beyond a text"
+    title(ax, "Singular values by layer", about)
     color_bar(ax, Normalize(0, max(last, 1)), "layer", RAMP, whole=True)
     return fig

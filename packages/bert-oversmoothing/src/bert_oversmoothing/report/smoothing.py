@@ -27,10 +27,16 @@ from bert_oversmoothing.report.tables import Tables
 from bert_oversmoothing.report.words import signed
 from tenfold.plotting import INK, MUTED, PALETTE, curve, style
 
+_FINAL = "log_final_norm"
+
 
 def contributions(tables: Tables) -> Figure | None:
-    """What every part of every block adds to ln d_M, in stacked bars, and their sum."""
+    """What every part of every block adds to ln d_M, in stacked bars, and their sum.
+
+    A final norm, which is no part of a block, has a bar of its own behind the last one.
+    """
     parts = {name: np.array(tables.column(name)) for name in PARTS if known(tables.column(name))}
+    final = float(parts.pop(_FINAL)[-1]) if _FINAL in parts else None
     if not parts:
         return None
     share = np.array(tables.column("top_token_share"))
@@ -39,15 +45,15 @@ def contributions(tables: Tables) -> Figure | None:
     with style():
         grid = fig.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[3.4, 1])
     blocks, total = panel(fig, grid, 0, 0), panel(fig, grid, 0, 1)
-    _draw_blocks(blocks, parts)
-    _draw_total(total, parts)
+    _draw_blocks(blocks, parts, final)
+    _draw_total(total, parts, final)
     if known(share):
-        _draw_share(panel(fig, grid, 1, 0), share)
+        _draw_share(panel(fig, grid, 1, 0), share, final is not None)
     under(fig, blocks)
     return fig
 
 
-def _draw_blocks(ax: Axes, parts: Mapping[str, np.ndarray]) -> None:
+def _draw_blocks(ax: Axes, parts: Mapping[str, np.ndarray], final: float | None) -> None:
     count = len(next(iter(parts.values()))) - 1
     blocks = np.arange(1, count + 1)
     up, down = np.zeros(count), np.zeros(count)
@@ -58,24 +64,46 @@ def _draw_blocks(ax: Axes, parts: Mapping[str, np.ndarray]) -> None:
             bottom = np.where(values > 0, up, down)
             ax.bar(blocks, values, bottom=bottom, width=0.72, color=color, label=label)
             up, down = up + values.clip(min=0), down + values.clip(max=0)
+        if final is not None:
+            label, color = PARTS[_FINAL]
+            ax.bar([count + 1], [final], width=0.72, color=color, label=label)
         ax.axhline(0, color=INK, lw=0.9)
         ax.grid(visible=False, axis="x")
     look: dict[str, Any] = {"color": INK, "marker": "D", "linestyle": ""}
-    # The column log_contraction leaves the final norm out, which stands in the last bar.
     curve(ax, blocks, up + down, label="net", **look)
     with style():
         ax.set_ylabel("added to ln $d_M$")
     title(ax, "Who smooths", "below 0: the part pulls the tokens together; exact, mean over texts")
+    _block_axis(ax, count, final is not None, PARTS[_FINAL][0])
+
+
+def _block_axis(ax: Axes, count: int, final: bool, name: str = "") -> None:
+    """Numbers of blocks, and behind them room for the final norm, with its name."""
     layer_axis(ax, count, "block", first=1)
+    if not final:
+        return
+    ticks = [int(n) for n in ax.get_xticks() if 1 <= n <= count]
+    # A name in two lines is as wide as this share of the panel.
+    ticks = [n for n in ticks if not name or count + 1 - n >= 0.055 * (count + 1)]
+    with style():
+        ax.set_xlim(0.5, count + 1.5)
+        behind = [(count + 1, name.replace(" ", "\n"))] if name else []
+        places = [*((n, str(n)) for n in ticks), *behind]
+        ax.set_xticks([n for n, _ in places], [label for _, label in places])
 
 
-def _draw_total(ax: Axes, parts: Mapping[str, np.ndarray]) -> None:
+def _draw_total(ax: Axes, parts: Mapping[str, np.ndarray], final: float | None) -> None:
     sums = [float(np.nansum(values)) for values in parts.values()]
+    together = f"together {signed(sum(sums))}"
+    parts = dict(parts)
+    rows = [float(n) for n in range(len(sums))]
+    if final is not None:  # behind the blocks, a little apart
+        sums, parts[_FINAL] = [*sums, final], np.empty(0)
+        rows.append(len(rows) + 0.5)
     names = [PARTS[name][0] for name in parts]
     low, high = min(0.0, *sums), max(0.0, *sums)
     room = 0.6 * max(high - low, 1e-3)  # for the numbers at the bars
     with style():
-        rows = np.arange(len(sums))[::-1]
         ax.barh(rows, sums, height=0.6, color=[PARTS[name][1] for name in parts])
         ax.axvline(0, color=INK, lw=0.9)
         for row, value in zip(rows, sums, strict=True):
@@ -86,19 +114,21 @@ def _draw_total(ax: Axes, parts: Mapping[str, np.ndarray]) -> None:
         ax.set_yticks(rows, [name.replace(" + ", "\n+ ") for name in names])
         ax.tick_params(axis="y", length=0)
         ax.grid(visible=False, axis="y")
-        ax.set(xlim=(low - room, high + room), ylim=(-0.7, len(sums) - 0.3))
+        ax.set(xlim=(low - room, high + room), ylim=(rows[-1] + 0.7, -0.7))
+        if final is not None:
+            ax.axhline(rows[-1] - 0.75, color=MUTED, lw=0.8, ls=":")
         ax.set_xlabel("added to ln $d_M$")
-    title(ax, "All blocks", f"together {signed(sum(sums))}")
+    title(ax, "All blocks", together)
 
 
-def _draw_share(ax: Axes, share: np.ndarray) -> None:
+def _draw_share(ax: Axes, share: np.ndarray, final: bool) -> None:
     with style():
         ax.bar(np.arange(1, len(share)), 100 * share[1:], width=0.72, color=MUTED)
         ax.set_ylim(0, 100)
         ax.grid(visible=False, axis="x")
         ax.set_ylabel("%")
         ax.set_title("Largest token's share of $d_M^2$", size=9.5, pad=5)
-    layer_axis(ax, len(share) - 1, "block", first=1)
+    _block_axis(ax, len(share) - 1, final)
 
 
 def scales(tables: Tables) -> Figure | None:

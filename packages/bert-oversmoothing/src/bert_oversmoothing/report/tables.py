@@ -224,12 +224,10 @@ def _read_csv(path: Path, known: Sequence[str], *, some: bool = False) -> list[R
     except (csv.Error, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
     names = lines[0] if lines else []
-    if some and len({*names}) == len(names) and {*names} < {*known}:
-        nothing: Row = dict.fromkeys(known)
-    elif names == [*known]:
-        nothing = {}
-    else:
+    fits = {*names} <= {*known} and len({*names}) == len(names) if some else names == [*known]
+    if not fits:
         raise _damaged(path, "its columns are not those of an analysis")
+    nothing: Row = dict.fromkeys(known)
     rows = []
     for line, cells in enumerate(lines[1:], 2):
         if len(cells) != len(names):
