@@ -210,7 +210,7 @@ def _missing(path: Path) -> UserError:
 
 
 def _damaged(path: Path, why: object) -> UserError:
-    fix = "run analyze again, with the same --out"
+    fix = "run analyze again, with another --out"
     return UserError(f"the file is damaged, {why}", where=str(path), fix=fix)
 
 
