@@ -701,7 +701,7 @@ def test_each_kth_layer(blocks, k, embeddings):
         (partial(parse_layers, "every", 12), "no such group of layers: 'every'"),
         (partial(parse_layers, "last:-1", 12), "no such group of layers"),
         (partial(parse_layers, "last:x", 12), "no such group of layers"),
-        (partial(parse_layers, "first:2", 12), "choose all, last:k, every:k or a list"),
+        (partial(parse_layers, "first:2", 12), "choose all, last:k, every:k or numbers"),
         (partial(parse_layers, "", 12), "no such group of layers: ''"),
         (partial(parse_layers, [], 12), "no layers to fuse"),
         (partial(parse_layers, [3, 13], 12), "no such layers: 13.*choose 0 to 12"),
