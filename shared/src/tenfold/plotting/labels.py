@@ -49,22 +49,18 @@ def settle_labels(fig: Figure) -> None:
     Every label tries sixteen places around its point and takes the one that covers least; the
     later labels keep clear of the earlier ones.
     """
-    labelled = {ax: labels for ax in fig.axes if (labels := _labels(ax))}
-    if not labelled:
-        return
     with style():
         fig.draw_without_rendering()
-    for ax, labels in labelled.items():
+    for ax in fig.axes:
+        labels = [t for t in ax.texts if isinstance(t, Annotation) and t.get_gid() == _GID]
+        if not labels:
+            continue
         ink, taken = _ink(ax), []
         legend = ax.get_legend()
         if legend is not None:
             taken.append(legend.get_window_extent().padded(6.0))
         for label in labels:
             taken.append(_settle(ax, label, ink, taken, fig.dpi / 72))
-
-
-def _labels(ax: Axes) -> list[Annotation]:
-    return [t for t in ax.texts if isinstance(t, Annotation) and t.get_gid() == _GID]
 
 
 def _ink(ax: Axes) -> Pixels:
