@@ -1,6 +1,7 @@
 """Settings of the core's tests, and a toy package to run the command line on."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Two processes share the cores, and tiny operations are slow on many threads.
+# Two processes share the cores, and tiny operations are slow on many threads. Lightning's launchers
+# set the number to that of the cores, unless the environment has one.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).

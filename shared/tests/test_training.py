@@ -482,6 +482,7 @@ def lives(folder):
         if child == 0:
             code = 1
             try:
+                os.setpgid(0, 0)
                 code = live(folder, write, workers=2 * (number % 2))
             finally:
                 os._exit(code)
@@ -491,7 +492,10 @@ def lives(folder):
         if number < 5:
             time.sleep(draw.uniform(0.05, 0.2))
             os.kill(child, signal.SIGKILL if number % 2 else signal.SIGINT)
-        yield os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with contextlib.suppress(ProcessLookupError):  # workers that have not seen who began them
+            os.killpg(child, signal.SIGKILL)
+        yield code
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,7 @@
 """Paths and builders that several test files share."""
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 import torch.distributed
 from jaxtyping import install_import_hook
 
-# Two processes share the cores, and tiny operations are slow on many threads.
+# Two processes share the cores, and tiny operations are slow on many threads. Lightning's launchers
+# set the number to that of the cores, unless the environment has one.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # A collection looks at the million objects of the imports, and finds next to nothing.

@@ -1,12 +1,15 @@
 """Builders that several test files share."""
 
+import os
 from functools import partial
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Two processes share the cores, and tiny convolutions are slow on many threads.
+# Two processes share the cores, and tiny operations are slow on many threads. Lightning's launchers
+# set the number to that of the cores, unless the environment has one.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).
