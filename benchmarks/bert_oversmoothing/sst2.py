@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -201,9 +202,12 @@ def heading(content: Mapping[str, Any]) -> str:
     """What was done."""
     runs = content["runs"]
     losses = [run["loss"] for key, run in runs.items() if key.endswith("mlm")]
-    minutes = sum(run["cpu_s"] for run in runs.values()) / 60
+    seconds = Counter[str]()
+    for key, run in runs.items():
+        seconds[key.split()[0]] += run["cpu_s"]  # of an interrupted run only what came last
+    minutes = max(seconds.values()) / 60
     return (
-        f"SST-2 ({content['seeds']} seeds, {minutes:.0f} minutes of one thread): a BERT of "
+        f"SST-2 ({content['seeds']} seeds, {minutes:.0f} minutes of one thread each): a BERT of "
         f"{BERT['num_hidden_layers']} blocks of width {BERT['hidden_size']}, {MLM_EPOCHS} epochs "
         f"of hidden words of its own 6,920 sentences (rate {MLM_LR:g}; {plain(losses, 2)} nats a "
         f"word at the end), then {EPOCHS} epochs of sentiment (rate {LR:g}, of the "

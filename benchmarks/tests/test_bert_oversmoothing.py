@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.bert_oversmoothing import claims
+from benchmarks.bert_oversmoothing import claims, minilm, speed
 from benchmarks.results import FOLDER
 
 RUN = {
@@ -74,3 +74,17 @@ def test_parts_that_were_not_run_have_no_table(parts):
     }
     text = claims.tables({"runs": dict.fromkeys(parts, run)})
     assert text.count("\n| --- |") == 2 * len(parts)
+
+
+@pytest.mark.parametrize(("kind", "tables"), [("claims", claims.tables), ("speed", speed.tables)])
+def test_the_readme_says_what_was_measured(kind, tables):
+    content = json.loads((FOLDER / kind / "bert-oversmoothing.json").read_text())
+    text = tables(content)
+    assert text == (FOLDER / kind / "bert-oversmoothing.md").read_text().strip()
+    assert f"<!-- {kind} -->\n{text}\n<!-- /{kind} -->" in claims.README.read_text()
+
+
+def test_the_readme_says_what_minilm_is():
+    runs = json.loads((FOLDER / "claims" / "bert-oversmoothing.json").read_text())["runs"]
+    text = minilm.text(runs["minilm"])
+    assert f"<!-- minilm -->\n{text}\n<!-- /minilm -->" in claims.README.read_text()

@@ -472,10 +472,10 @@ def test_no_layer_is_kept(options):
         assert sum(ref() is not None for ref in alive) <= 1
         held.append(held_bytes(stream))
     # the last layer and the total; by channel, the largest logits and the sum of the shares too
-    extremes = 2 * 4 * 4
-    assert held[-1] <= (4 if "channel" in options.values() else 2.1) * layer + 13 * extremes
+    sums = 4 * 4  # of each text, as float32
+    assert held[-1] <= (4 if "channel" in options.values() else 2.1) * layer + 13 * sums
     if fusion.position is None:
-        assert held[-1] - held[2] == 10 * extremes
+        assert held[-1] - held[2] == 10 * sums
     assert stream.result().weights is None
 
 
@@ -561,7 +561,9 @@ def test_numbers_that_are_none(options, gradients):
             if fusion.position not in (None, i):
                 assert fusion(layers).hidden.isfinite().all()
                 continue
-            with pytest.raises(UserError, match=f"layer {layer} holds NaN or infinity in text 1"):
+            with pytest.raises(
+                UserError, match=f"layer {layer} holds NaN, infinity or .* in text 1"
+            ):
                 fusion(layers)
 
 

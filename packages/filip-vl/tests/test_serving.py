@@ -3,7 +3,6 @@ import importlib.util
 import io
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ from filip_vl.serving.app import is_loopback
 from filip_vl.synthetic import scene
 from filip_vl.tokenizers import WordTokenizer
 from tenfold.errors import UserError
+from tenfold.testing import process_context
 
 # a module beside the tests, which are no package
 _spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
@@ -227,9 +227,9 @@ def _serve_twice(folder, model, lines):
 
 
 def test_serve_listens_on_the_loopback_address_until_it_is_stopped(index, model):
-    spawned = multiprocessing.get_context("spawn")
-    lines = spawned.Queue()
-    child = spawned.Process(target=_serve_twice, args=(index.folder, model, lines))
+    context = process_context("filip_vl")
+    lines = context.Queue()
+    child = context.Process(target=_serve_twice, args=(index.folder, model, lines))
     child.start()
     for stop in (signal.SIGINT, signal.SIGTERM):
         address = lines.get(timeout=120).split()[0]

@@ -457,7 +457,7 @@ def quiet_trainer(folder: Path, **options: Any) -> Trainer:
 
 def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) -> list[int | None]:
     """Runs methods of a contract, (name, *arguments) each, in processes; returns exit codes."""
-    context: Any = multiprocessing.get_context("fork" if can_fork() else "spawn")
+    context = process_context(getattr(contract, "cli", "tenfold").partition(".")[0])
     where = inspect.getfile(type(contract)), type(contract).__name__
     children = [context.Process(target=_call, args=(*where, *call)) for call in calls]
     for child in children:
@@ -469,6 +469,23 @@ def in_processes(contract: PackageContract, calls: Sequence[tuple[Any, ...]]) ->
         child.kill()
     assert not hung, f"{len(hung)} of {len(children)} processes still ran after two minutes"
     return [child.exitcode for child in children]
+
+
+def process_context(package: str) -> Any:
+    """A context of multiprocessing whose processes can train and need not all import torch anew.
+
+    Args:
+        package: whose modules the processes shall have, as far as they are imported here. Where
+            processes come from a server, its first caller's alone.
+    """
+    if can_fork():
+        return multiprocessing.get_context("fork")
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    modules = [name for name in sys.modules if name.split(".")[0] == package]
+    context.set_forkserver_preload([__name__, *modules])
+    return context
 
 
 def can_fork() -> bool:

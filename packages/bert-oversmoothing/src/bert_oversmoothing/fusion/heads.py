@@ -266,7 +266,7 @@ class FusionStream:
         self._fusion, self._need_weights = fusion, need_weights
         self._shape: torch.Size | None = None
         self._count = 0
-        self._extremes: list[Tensor] = []
+        self._sums: list[Tensor] = []
         self._logits: list[Tensor] = []
         self._largest: Tensor | None = None
         self._sum: Tensor | None = None
@@ -300,7 +300,7 @@ class FusionStream:
         # Asking a traced or a meta tensor for its numbers fails.
         if not (torch.compiler.is_compiling() or hidden.is_meta):
             flat = hidden.detach().flatten(1)
-            self._extremes += [flat.amin(1), flat.amax(1)]
+            self._sums.append(flat.sum(1, dtype=wide(hidden.dtype)))
         return hidden
 
     @torch.no_grad()
@@ -344,16 +344,14 @@ class FusionStream:
         fusion = self._fusion
         if self._count != fusion.num_layers:
             raise UserError(f"{self._count} layers are given, the fusion has {fusion.num_layers}")
-        if not self._extremes:
+        if not self._sums or (finite := torch.stack(self._sums).isfinite()).all():
             return
-        bad = ~torch.stack(self._extremes).isfinite().unflatten(0, (-1, 2)).all(1)
-        if bad.any():
-            i, text = bad.nonzero()[0].tolist()
-            layer = fusion.layers[i if fusion.position is None else fusion.position]
-            raise UserError(
-                f"layer {layer} holds NaN or infinity in text {text} of the batch",
-                fix="run the encoder in float32, or leave that layer out of layers",
-            )
+        i, text = (~finite).nonzero()[0].tolist()
+        layer = fusion.layers[i if fusion.position is None else fusion.position]
+        raise UserError(
+            f"layer {layer} holds NaN, infinity or numbers near it in text {text} of the batch",
+            fix="run the encoder in float32, or leave that layer out of layers",
+        )
 
     def _take(self, hidden: Tensor, i: int, total: Tensor | None) -> Tensor:
         """What is kept after layer i, made of what was kept before it."""
@@ -364,21 +362,24 @@ class FusionStream:
             if total is None:
                 return hidden.clone()
             return torch.maximum(total, hidden, out=total if total.dtype == hidden.dtype else None)
-        if total is None:
-            total = hidden.new_zeros(hidden.shape, dtype=wide(hidden.dtype))
-            if fusion.kind == "concat":
-                total += fusion.bias
         if fusion.kind == "concat":
-            first = i * fusion.width
-            return add_product(total, hidden, fusion.weight[:, first : first + fusion.width])
+            weight = fusion.weight[:, i * fusion.width : (i + 1) * fusion.width]
+            if total is None:
+                return widen(F.linear(hidden, weight)).add_(fusion.bias)
+            return add_product(total, hidden, weight)
         if fusion.kind != "gate":
-            return total.addcmul_(hidden, fusion._shares(hidden)[..., i])
+            share = fusion._shares(hidden)[..., i]
+            return hidden * share if total is None else total.addcmul_(hidden, share)
         logits = fusion.gate(hidden, i)
         if self._need_weights:
             self._logits.append(logits)
         if fusion.gate_kind == "sigmoid":
-            return total.addcmul_(hidden, logits.sigmoid())
-        return total.lerp_(hidden.to(total.dtype), self._newest_share(logits).to(total.dtype))
+            share = logits.sigmoid()
+            return hidden * share if total is None else total.addcmul_(hidden, share)
+        share = self._newest_share(logits)
+        if total is None:
+            return hidden.to(wide(hidden.dtype), copy=True)
+        return total.lerp_(hidden.to(total.dtype), share.to(total.dtype))
 
     def _newest_share(self, logits: Tensor) -> Tensor:
         """The softmax weight of the newest layer among those so far."""
