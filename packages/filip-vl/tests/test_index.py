@@ -347,7 +347,7 @@ def _kill_everywhere(root):
     """In a process whose only thread forks: one with more of them may leave locks behind."""
     torch.set_num_threads(1)
     forked = multiprocessing.get_context("fork")
-    for first in range(1, 50, 9):
+    for first in range(1, 50, 13):
         folder = root / f"at{first}"
         for at in (first, first + 1, first + 3, 1000):  # the next one is killed as well
             child = forked.Process(target=_build_and_die, args=(folder, at))
@@ -367,7 +367,7 @@ def test_a_kill_at_any_moment_neither_doubles_nor_loses_an_image(model, tmp_path
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(_kill_everywhere, tmp_path).result(timeout=300)
     folders = list(tmp_path.glob("at*"))
-    assert len(folders) == 6
+    assert len(folders) == 4
     assert all(files_of(folder) == wanted for folder in folders)
 
 
