@@ -3,9 +3,7 @@
 Ratios of CPU time on one thread, of rounds in which everything has its turn; the median counts.
 """
 
-import contextlib
 import copy
-import ctypes
 import gc
 import random
 import statistics
@@ -56,7 +54,6 @@ def run(seeds: int = 1, only: str | None = None) -> None:
     results = Results("speed", "bert-oversmoothing")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _keep_memory()
     try:
         for name in [only] if only else parts:
             results.runs[name] = parts[name]()
@@ -121,15 +118,6 @@ def _seconds(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, flo
     options: dict[str, Any] = {"warmup": 0, "repeats": rounds, "clock": time.process_time}
     times = time_interleaved(steps, **options)
     return {name: timing.median_ms / 1000 for name, timing in times.items()}
-
-
-def _keep_memory() -> None:
-    """Has glibc keep what is freed; it is a matter of luck which model else asks for it anew."""
-    mmap_threshold, trim_threshold = -3, -1
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _peak_mib() -> float:

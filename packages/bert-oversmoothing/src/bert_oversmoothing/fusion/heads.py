@@ -201,7 +201,8 @@ class LayerFusion(nn.Module):
         if self.kind == "max":
             return Maximum.apply(*states), None
         if self.kind == "gate":
-            weights = self._gates([self.gate(hidden, i) for i, hidden in enumerate(states)])
+            logits = [self.gate(hidden, i) for i, hidden in enumerate(states)]
+            weights = self._gates(torch.stack(logits, -1))
         else:
             weights = self._shares(states[0])
         # a product takes the wider precision of its two, and keeps no wide copy of a layer
@@ -210,10 +211,11 @@ class LayerFusion(nn.Module):
             total = total + weights[..., i] * hidden
         return total, weights
 
-    def _gates(self, logits: list[Tensor]) -> Float[Tensor, "batch tokens channels layers"]:
+    def _gates(
+        self, logits: Float[Tensor, "batch tokens channels layers"]
+    ) -> Float[Tensor, "batch tokens channels layers"]:
         """The gates of all layers, of one channel or of d."""
-        stacked = torch.stack(logits, -1)
-        return stacked.sigmoid() if self.gate_kind == "sigmoid" else stacked.softmax(-1)
+        return logits.sigmoid() if self.gate_kind == "sigmoid" else logits.softmax(-1)
 
     def _shares(self, like: Tensor) -> Float[Tensor, "1 layers"]:
         """The weights of a mean or a scalar mix, the same for all tokens."""
@@ -266,8 +268,10 @@ class FusionStream:
         self._fusion, self._need_weights = fusion, need_weights
         self._shape: torch.Size | None = None
         self._count = 0
-        self._sums: list[Tensor] = []
-        self._logits: list[Tensor] = []
+        # Small tensors that are kept between the large ones of a forward pass scatter the heap,
+        # and malloc hands pages back and fetches them again: what is kept has its place early.
+        self._sums: Tensor | None = None
+        self._logits: Tensor | None = None
         self._largest: Tensor | None = None
         self._sum: Tensor | None = None
         self._total: Tensor | None = None
@@ -300,7 +304,10 @@ class FusionStream:
         # Asking a traced or a meta tensor for its numbers fails.
         if not (torch.compiler.is_compiling() or hidden.is_meta):
             flat = hidden.detach().flatten(1)
-            self._sums.append(flat.sum(1, dtype=wide(hidden.dtype)))
+            if self._sums is None:
+                dtype = wide(hidden.dtype)
+                self._sums = hidden.new_zeros(fusion.num_layers, len(hidden), dtype=dtype)
+            torch.sum(flat, 1, dtype=self._sums.dtype, out=self._sums[i])
         return hidden
 
     @torch.no_grad()
@@ -312,11 +319,12 @@ class FusionStream:
         Raises:
             UserError: as `read`.
         """
-        i = self._count
+        fusion, i = self._fusion, self._count
         read = self.read(hidden)
         if read is not None:
             self._total = self._take(read, i, self._total)
-            self._last = read
+            if fusion.position is not None or i == fusion.num_layers - 1:
+                self._last = read
 
     @torch.no_grad()
     def result(self, attention_mask: Tensor | None = None) -> Fused:
@@ -330,7 +338,7 @@ class FusionStream:
         assert self._last is not None
         assert self._total is not None
         weights = None
-        if self._logits:
+        if self._logits is not None:
             weights = fusion._gates(self._logits)
         elif fusion.kind == "scalar_mix" and self._need_weights:
             weights = fusion._shares(self._last)
@@ -344,14 +352,12 @@ class FusionStream:
         fusion = self._fusion
         if self._count != fusion.num_layers:
             raise UserError(f"{self._count} layers are given, the fusion has {fusion.num_layers}")
-        if not self._sums or (finite := torch.stack(self._sums).isfinite()).all():
+        if self._sums is None or (finite := self._sums.isfinite()).all():
             return
         i, text = (~finite).nonzero()[0].tolist()
-        layer = fusion.layers[i if fusion.position is None else fusion.position]
-        raise UserError(
-            f"layer {layer} holds NaN, infinity or numbers near it in text {text} of the batch",
-            fix="run the encoder in float32, or leave that layer out of layers",
-        )
+        what = f"layer {fusion.layers[i]} holds NaN, infinity or numbers near it in text {text}"
+        fix = "run the encoder in float32, or leave that layer out of layers"
+        raise UserError(f"{what} of the batch", fix=fix)
 
     def _take(self, hidden: Tensor, i: int, total: Tensor | None) -> Tensor:
         """What is kept after layer i, made of what was kept before it."""
@@ -372,7 +378,9 @@ class FusionStream:
             return hidden * share if total is None else total.addcmul_(hidden, share)
         logits = fusion.gate(hidden, i)
         if self._need_weights:
-            self._logits.append(logits)
+            if self._logits is None:
+                self._logits = logits.new_empty(*logits.shape, fusion.num_layers)
+            self._logits[..., i] = logits
         if fusion.gate_kind == "sigmoid":
             share = logits.sigmoid()
             return hidden * share if total is None else total.addcmul_(hidden, share)
@@ -385,10 +393,10 @@ class FusionStream:
         """The softmax weight of the newest layer among those so far."""
         # Relative to the largest: the log of a sum of exponentials loses digits of large logits.
         if self._largest is None or self._sum is None:
-            self._largest, self._sum = logits, torch.ones_like(logits)
+            self._largest, self._sum = logits.clone(), torch.ones_like(logits)
             return self._sum
         largest = torch.maximum(self._largest, logits)
-        newest = (logits - largest).exp()
-        self._sum = self._sum * (self._largest - largest).exp() + newest
-        self._largest = largest
+        newest = (logits - largest).exp_()
+        self._sum.mul_(self._largest.sub_(largest).exp_()).add_(newest)
+        self._largest.copy_(largest)
         return newest / self._sum
