@@ -376,7 +376,7 @@ class FusionStream:
         if fusion.kind != "gate":
             share = fusion._shares(hidden)[..., i]
             return hidden * share if total is None else total.addcmul_(hidden, share)
-        logits = fusion.gate(hidden, i)
+        logits: Tensor = fusion.gate(hidden, i)
         if self._need_weights:
             if self._logits is None:
                 self._logits = logits.new_empty(*logits.shape, fusion.num_layers)
