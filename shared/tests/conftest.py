@@ -1,24 +1,15 @@
 """Settings of the core's tests, and a toy package to run the command line on."""
 
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from jaxtyping import install_import_hook
 
-# Two processes share the cores, and tiny operations are slow on many threads. Lightning's launchers
-# set the number to that of the cores, unless the environment has one.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
+from tenfold.pytest_plugin import check_annotations
 
-# Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).
-install_import_hook(
-    "tenfold", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+check_annotations("tenfold")
 
 from tenfold.cli import App
 

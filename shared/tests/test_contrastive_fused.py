@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from tenfold.contrastive import Impl, fused, late_interaction
 from tenfold.contrastive.fused import late_interaction_fused
 from tenfold.contrastive.late import kernels_agree
 from tenfold.errors import UserError
+from tenfold.pytest_plugin import check_annotations
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -127,8 +127,7 @@ def same(found: list[np.ndarray], expected: list[np.ndarray], dtype: torch.dtype
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[..., Any]]:
     """Calls a function where Triton interprets."""
-    hook = "tenfold", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-    with ProcessPoolExecutor(1, get_context("spawn"), install_import_hook, hook) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), check_annotations, ("tenfold",)) as pool:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setenv("TRITON_INTERPRET", "1")
             monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -396,7 +395,7 @@ def test_what_the_kernels_cannot_do_is_said_in_a_line(monkeypatch):
         late_interaction_fused(p.v, p.t.double())
     with pytest.raises(UserError, match="a text has 513 words"):
         late_interaction_fused(p.v, torch.ones(1, 513, 16))
-    with pytest.raises(Exception, match=r"must be one of|Type-check"):
+    with pytest.raises(Exception, match=r"must be one of|type hint"):
         late_interaction_fused(p.v, p.t, save_argmax="both")  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="Triton is not installed"):

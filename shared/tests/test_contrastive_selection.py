@@ -154,7 +154,7 @@ def test_misfits_are_refused():
         select_tokens(tokens, scores[:, :3], fraction=0.5)
     with pytest.raises(ValueError, match="no valid token in token row 1"):
         select_tokens(tokens, scores, torch.tensor([[1], [0]]).bool().expand(2, 4), fraction=0.5)
-    with pytest.raises(Exception, match=r"base must be|Type-check"):
+    with pytest.raises(Exception, match=r"base must be|type hint"):
         select_tokens(tokens, scores, fraction=0.5, base="all")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="width 3, text tokens 2"):
         token_scores(tokens, tokens[..., :2])

@@ -29,15 +29,6 @@ from tenfold.errors import UserError
 seeds = st.integers(0, 2**63)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads of small operations only wait for each other on a shared machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def draws(size, epoch=0, skip=0, **options):
     sampler = EpochSampler(size, **options)
     sampler.set_epoch(epoch)

@@ -525,8 +525,8 @@ def test_crd_tells_what_it_lacks() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embed": "none"}, "embed must be one of|Type-check"),
-        ({"sampling": "some"}, "sampling must be one of|Type-check"),
+        ({"embed": "none"}, "embed must be one of|type hint"),
+        ({"sampling": "some"}, "sampling must be one of|type hint"),
         ({"negatives": 0}, "must be positive"),
         ({"n_data": 0}, "must be positive"),
         ({"temperature": 0.0}, "out of range"),

@@ -37,6 +37,7 @@ from tenfold.plotting import (
     style,
 )
 from tenfold.plotting.logs import read_log, smooth
+from tenfold.plotting.tidy import check_tidy
 
 
 def pixels_of(fig: Figure) -> np.ndarray:
@@ -368,3 +369,19 @@ def test_smoothing_leaves_out_what_is_no_number():
     values[100] = np.nan
     np.testing.assert_array_equal(smooth(values), 1)
     assert np.isnan(smooth(np.full(3, np.nan))).all()
+
+
+def test_what_cannot_be_read_is_named():
+    def written(*texts: tuple[float, float, str]) -> Figure:
+        fig = Figure(figsize=(4, 3))
+        for x, y, text in texts:
+            fig.text(x, y, text)
+        return fig
+
+    check_tidy(written((0.1, 0.1, "one"), (0.1, 0.5, "two"), (0.5, 0.1, "three"), (0.1, 0.1, " ")))
+    with pytest.raises(AssertionError, match="'far away' leaves the figure"):
+        check_tidy(written((0.1, 0.1, "one"), (0.9, 0.5, "far away")))
+    with pytest.raises(AssertionError, match="'one' lies over 'two'"):
+        check_tidy(written((0.5, 0.5, "three"), (0.1, 0.1, "one"), (0.11, 0.12, "two")))
+    with pytest.raises(AssertionError, match="without a word"):
+        check_tidy(written())

@@ -198,15 +198,6 @@ def run_with_cuts(folder, make, cuts, **options):
     return module, trained
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny matrices on a shared machine: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _hears_ctrl_c():
     """A shell starts what runs in its background deaf to SIGINT, and Lightning leaves it so."""

@@ -567,6 +567,17 @@ def test_numbers_that_are_none(options, gradients):
                 fusion(layers)
 
 
+def test_a_gate_of_zeros_sees_numbers_that_are_none():
+    fusion = fusion_of(kind="gate", init="identity")
+    with torch.no_grad():
+        fusion.gate.weight.zero_()
+        for value, layer in product((math.nan, math.inf, -math.inf), range(LAYERS)):
+            layers = states()
+            layers[layer][1, 2, 3] = value
+            with pytest.raises(UserError, match=f"layer {layer} holds NaN, .* in text 1"):
+                fusion(layers)
+
+
 def test_shapes_alone():
     with torch.device("meta"):
         fusion = LayerFusion("gate", WIDTH, LAYERS, init="identity")

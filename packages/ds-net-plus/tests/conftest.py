@@ -1,42 +1,18 @@
 """Builders that several test files share."""
 
-import gc
-import os
 from functools import partial
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-# Two processes share the cores, and tiny operations are slow on many threads. Lightning's launchers
-# set the number to that of the cores, unless the environment has one.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
+from tenfold.pytest_plugin import check_annotations
 
-# A collection looks at the million objects of the imports, and finds next to nothing.
-gc.set_threshold(10_000)
-
-# Checks every shape annotation while the tests run; an int may stand for a float (PEP 484).
-install_import_hook(
-    ["tenfold", "ds_net_plus"],
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-)
+check_annotations("tenfold", "ds_net_plus")
 
 from torch import nn
 
 from ds_net_plus.layers import MultiHeadGate, SwitchableBN, TokenGate
 from ds_net_plus.model import DSConvNet, DSMobileNet, DSResNet, DSViT, DynamicNet
-
-
-def pytest_collection_finish() -> None:
-    """The million objects of the imports live to the end: collections need not look at them."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """Libraries that count their leaks at the end find none."""
-    gc.unfreeze()
 
 
 def build_tiny_mbnet(**overrides: object) -> DSMobileNet:

@@ -38,21 +38,24 @@ from filip_vl.synthetic import (
 )
 from filip_vl.tokenizers import WordTokenizer
 from tenfold.errors import UserError
+from tenfold.plotting import figures
 from tenfold.recipes import recipe_parts
 
-PAIRS, GROUPS, SINGLES, STEPS = 24, 5, 1, 3
+PAIRS, GROUPS, SINGLES, STEPS, SHOWN = 20, 4, 1, 3, 2
 PICTURES = ("comparison", "contributions", "curves", "retrieval", "similarity")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Fewer scenes to train and to measure on."""
+    """Fewer scenes to train and to measure on, fewer and smaller pictures."""
     for name, value in {"TEST_PAIRS": PAIRS, "GROUPS": GROUPS, "_SINGLES": SINGLES}.items():
         monkeypatch.setattr(comparison, name, value)
+    monkeypatch.setattr(sys.modules["filip_vl.commands.demo"], "_SHOWN", SHOWN)
+    monkeypatch.setattr(figures, "DPI", 60)
 
     def fewer(package: str, name: str):
         parts = recipe_parts(package, name)
-        parts["data"]["init_args"] |= {"train_size": 3 * 64, "val_size": 16}
+        parts["data"]["init_args"] |= {"batch_size": 16, "train_size": 48, "val_size": 16}
         return parts
 
     monkeypatch.setattr(comparison, "recipe_parts", fewer)
@@ -159,11 +162,11 @@ def test_a_demo_measures_draws_and_is_not_done_again(small, tmp_path, capsys, mo
             assert f"{100 * wanted[metric]:.1f}" in next(
                 line for line in told.splitlines() if line.startswith(name)
             )
-    names = [*PICTURES, *(f"alignment_{n}" for n in range(4))]
+    names = [*PICTURES, *(f"alignment_{n}" for n in range(SHOWN))]
     assert sorted(path.stem for path in out.glob("*.png")) == sorted(names)
     for name in names:
         with Image.open(out / f"{name}.png") as picture:
-            assert min(picture.size) > 200
+            assert min(picture.size) > 100
 
     def never(*_, **__):
         raise AssertionError("trained again")
@@ -207,11 +210,11 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "most", "steps"),
     [
-        # 20 seconds for the scenes, 0.65 of the rest at 0.16 seconds a step of both
-        (61, None, 160),
+        # 10 seconds for the scenes, 0.65 of the rest at 0.16 seconds a step of both
+        (51, None, 160),
         (10_000, None, 600),
         (10_000, 1005, 1005),
-        (61, 50, 50),
+        (51, 50, 50),
         (1, None, 10),
         (1, 3, 3),
     ],

@@ -41,6 +41,7 @@ from tenfold.runs import make_trainer
 
 TOKENIZER = WordTokenizer.train(shape_vocabulary())
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
+SHALLOW = {"vision_layers": 1, "text_layers": 1}  # for runs of many steps
 TEXTS = ["a red ring", "a blue ring", "a red square", "a green cross"]
 
 
@@ -475,7 +476,7 @@ def scaled() -> MixedPrecision:
 
 @pytest.mark.parametrize("of_loss", [False, True], ids=["gradient", "loss"])
 def test_twenty_skipped_steps_in_a_row_stop_a_float16_run_with_advice(tmp_path, of_loss):
-    made, overflow = module(), Overflow([15], of_loss)
+    made, overflow = module(fields=SHALLOW), Overflow([15], of_loss)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     data = FilipDataModule(batch_size=2, train_size=80, val_size=2, test_size=2)
     told = "20 steps in a row were skipped.*: raise weight_decay, lower the rate.* bf16-mixed"
@@ -494,7 +495,7 @@ def test_skips_are_of_steps_where_gradients_gather_over_batches(tmp_path):
     data = FilipDataModule(batch_size=2, train_size=82, val_size=2, test_size=2)
     options = {"plugins": [scaled()], "accumulate_grad_batches": 2}
     with pytest.raises(UserError, match="20 steps in a row were skipped"):
-        fit(module(), tmp_path, data, overflow, **options)
+        fit(module(fields=SHALLOW), tmp_path, data, overflow, **options)
     assert overflow.step == 39
 
 

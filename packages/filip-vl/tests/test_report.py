@@ -386,15 +386,16 @@ def test_a_contact_sheet_begins_with_the_picture_looked_for():
         report.contact_sheet([], hits)
 
 
-def test_a_contact_sheet_of_many_hits_shows_the_best():
-    hits = [report.Hit(photo(4, 4, n), 1 - n / 1000, (1, 1), [(0, 0)]) for n in range(61)]
-    fig = report.contact_sheet(["ring"], hits[:60], heading="Search: ring")
+def test_a_contact_sheet_of_many_hits_shows_the_best(monkeypatch):
+    monkeypatch.setattr(report.retrieval, "_MOST", 6)
+    hits = [report.Hit(photo(4, 4, n), 1 - n / 1000, (1, 1), [(0, 0)]) for n in range(7)]
+    fig = report.contact_sheet(["ring"], hits[:6], heading="Search: ring")
     assert fig.get_suptitle() == "Search: ring"
-    fig = report.contact_sheet(["ring"], hits * 20, heading="Search: ring")
-    assert fig.get_suptitle() == "Search: ring (the best 60 of 1,220)"
+    fig = report.contact_sheet(["ring"], hits * 200, heading="Search: ring")
+    assert fig.get_suptitle() == "Search: ring (the best 6 of 1,400)"
     shown = [ax for ax in fig.axes if ax.images]
-    assert len(shown) == 60
-    assert shown[-1].get_xlabel() == "0.941"
+    assert len(shown) == 6
+    assert shown[-1].get_xlabel() == "0.995"
     check_tidy(fig)
 
 

@@ -165,12 +165,12 @@ def steps_within(
         return there[0]
     most = most or min(map(steps_of, RECIPES.values()))
     pace = sum(step_seconds(recipe, accelerator) for recipe in RECIPES.values())
-    left = seconds - len(RECIPES) * _drawing_seconds()
+    left = seconds - _drawing_seconds()
     return min(most, max(_FEWEST, int(_SHARE * left / pace) // 10 * 10))
 
 
 def _drawing_seconds() -> float:
-    """Of the training scenes of one side."""
+    """Of the training scenes, which both sides see."""
     start = time.perf_counter()
     for index in range(_TIMED):
         scene(TRAIN_SEED, index)

@@ -164,9 +164,12 @@ class LayerFusion(nn.Module):
             for hidden in hidden_states:
                 stream.add(hidden)
             return stream.result(attention_mask)
-        read = [stream.read(hidden) for hidden in hidden_states]
+        states = []
+        for hidden in hidden_states:
+            if (read := stream.read(hidden)) is not None:
+                stream.note(read)
+                states.append(read)
         stream.check()
-        states = [hidden for hidden in read if hidden is not None]
         fused, weights = self._plain(states)
         return self._finish(states[-1], fused, weights if need_weights else None, attention_mask)
 
@@ -300,15 +303,18 @@ class FusionStream:
         if fusion.position not in (None, i):
             return None
         norm = fusion._norm_each[0]
-        hidden = hidden if norm is None else norm(hidden)
+        return hidden if norm is None else norm(hidden)
+
+    def note(self, numbers: Tensor) -> None:
+        """Add up what each text has of the newest layer: `check` finds NaN and infinity in sums."""
         # Asking a traced or a meta tensor for its numbers fails.
-        if not (torch.compiler.is_compiling() or hidden.is_meta):
-            flat = hidden.detach().flatten(1)
-            if self._sums is None:
-                dtype = wide(hidden.dtype)
-                self._sums = hidden.new_zeros(fusion.num_layers, len(hidden), dtype=dtype)
-            torch.sum(flat, 1, dtype=self._sums.dtype, out=self._sums[i])
-        return hidden
+        if torch.compiler.is_compiling() or numbers.is_meta:
+            return
+        if self._sums is None:
+            shape = self._fusion.num_layers, len(numbers)
+            self._sums = numbers.new_zeros(shape, dtype=wide(numbers.dtype))
+        flat = numbers.detach().flatten(1)
+        torch.sum(flat, 1, dtype=self._sums.dtype, out=self._sums[self._count - 1])
 
     @torch.no_grad()
     def add(self, hidden: Tensor) -> None:
@@ -362,6 +368,8 @@ class FusionStream:
     def _take(self, hidden: Tensor, i: int, total: Tensor | None) -> Tensor:
         """What is kept after layer i, made of what was kept before it."""
         fusion = self._fusion
+        if fusion.kind != "gate":
+            self.note(hidden)
         if fusion.position is not None:
             return hidden
         if fusion.kind == "max":
@@ -377,6 +385,7 @@ class FusionStream:
             share = fusion._shares(hidden)[..., i]
             return hidden * share if total is None else total.addcmul_(hidden, share)
         logits: Tensor = fusion.gate(hidden, i)
+        self.note(logits)  # fewer numbers than the layer's, and NaN or infinity there is one here
         if self._need_weights:
             if self._logits is None:
                 self._logits = logits.new_empty(*logits.shape, fusion.num_layers)

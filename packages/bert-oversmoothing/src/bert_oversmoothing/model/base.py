@@ -53,6 +53,7 @@ class FusionOutput(ModelOutput):
     fused_state: Tensor | None = None
 
 
+_ALIGNMENT = 64  # bytes: where torch's own memory begins
 _FIELDS = tuple(field.name for field in fields(FusionOutput))
 
 
@@ -231,6 +232,11 @@ class FusionModel(PreTrainedModel):
             )
         model, info = loaded
         check_loaded(info, where, ignore_mismatched_sizes)
+        # Read weights lie anywhere in their file's memory, and some processors sum products in an
+        # order that depends on that: in memory of their own they give what they gave before.
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+                parameter.data = parameter.data.clone()
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """The generated pairs of `filip_vl.synthetic` as a source like any other."""
 
+from functools import lru_cache
+
 import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
@@ -10,6 +12,7 @@ from filip_vl.synthetic import CLASS_NAMES, PREFIXES, SIZE, scene
 CONTEXT_LENGTH = 24
 
 
+@lru_cache(maxsize=4)  # the training and validation scenes of a comparison, once for all its runs
 def shape_pairs(seed: int, count: int) -> Pairs:
     """The first scenes of a set with their captions, drawn when they are wanted and then kept.
 
