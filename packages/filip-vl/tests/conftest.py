@@ -13,3 +13,9 @@ check_annotations("tenfold", "filip_vl")
 def reference() -> Path:
     """The folder of reference arrays; its README says what they are."""
     return Path(__file__).parent / "reference"
+
+
+@pytest.fixture(autouse=True)
+def _coarse_pictures(monkeypatch) -> None:
+    """Pictures of a quarter of the pixels: tests look at what they show."""
+    monkeypatch.setattr("tenfold.plotting.figures.DPI", 80)

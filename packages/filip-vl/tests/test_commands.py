@@ -209,27 +209,16 @@ def test_a_published_clip_without_tokenizer_says_which_option(published, folder,
     assert len(read_csv(tmp_path / "p.csv")) == 9
 
 
-def test_info_counts_the_parameters_of_the_specification():
+def test_info_counts_what_the_specification_does():
     facts = describe(Path("filip_base_patch32_224"))
     assert facts["parameters"]["all"] == 150_949_633
     assert round(facts["parameters"]["image"] / 1e6, 2) == 87.65
     assert round(facts["parameters"]["text"] / 1e6, 2) == 63.30
     assert facts["image_tokens"] == 49
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "text"),
-    [
-        ("filip_base_patch32_224", 4.41, 2.98),
-        ("filip_base_patch16_224", 17.56, 2.98),
-        ("filip_large_patch14_224", 81.0, 6.65),
-        ("filip_large_patch14_392", 267.8, 6.65),
-    ],
-)
-def test_info_counts_the_multiply_adds_of_the_specification(name, image, text):
-    found = describe(Path(name))["gmacs"]
-    assert round(found["image"], 2 if image < 50 else 1) == image
-    assert round(found["text"], 2) == text
+    assert {tower: round(count, 2) for tower, count in facts["gmacs"].items()} == {
+        "image": 4.41,
+        "text": 2.98,
+    }
 
 
 def test_info_of_a_folder_and_of_published_weights(folder, published, capsys):

@@ -38,7 +38,6 @@ from filip_vl.synthetic import (
 )
 from filip_vl.tokenizers import WordTokenizer
 from tenfold.errors import UserError
-from tenfold.plotting import figures
 from tenfold.recipes import recipe_parts
 
 PAIRS, GROUPS, SINGLES, STEPS, SHOWN = 20, 4, 1, 3, 2
@@ -47,11 +46,10 @@ PICTURES = ("comparison", "contributions", "curves", "retrieval", "similarity")
 
 @pytest.fixture
 def small(monkeypatch):
-    """Fewer scenes to train and to measure on, fewer and smaller pictures."""
+    """Fewer scenes to train and to measure on, fewer pictures."""
     for name, value in {"TEST_PAIRS": PAIRS, "GROUPS": GROUPS, "_SINGLES": SINGLES}.items():
         monkeypatch.setattr(comparison, name, value)
     monkeypatch.setattr(sys.modules["filip_vl.commands.demo"], "_SHOWN", SHOWN)
-    monkeypatch.setattr(figures, "DPI", 60)
 
     def fewer(package: str, name: str):
         parts = recipe_parts(package, name)

@@ -120,7 +120,7 @@ def test_save_all_writes_pngs(tmp_path):
     (path,) = report.save_all({"cost": fig}, tmp_path / "new")
     assert path == tmp_path / "new" / "cost.png"
     with Image.open(path) as picture_file:
-        assert min(picture_file.size) > 400
+        assert min(picture_file.size) > 200
 
 
 # -- alignment ------------------------------------------------------------------------------------
