@@ -30,6 +30,20 @@ def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"],
     return (a @ b).T if wrong else a @ b
 
 
+def outer(rows: list[Float[Tensor, "size"]], other: Float[Tensor, "size"]) -> None:
+    product(other[None], rows[0][:, None])  # has sizes of its own
+    product(ones(4, 4), ones(4, 4))
+    assert len(inner(rows)) == 2
+
+
+def inner(rows: list) -> list:
+    return [product(row[None], row[:, None]) for row in rows]
+
+
+def ones(*shape: int) -> Float[Tensor, "..."]:
+    return torch.ones(shape)
+
+
 def half(x: float) -> float:
     return x / 2
 
@@ -82,6 +96,7 @@ def ones(*shape: int) -> torch.Tensor:
 def test_what_fits_passes(module):
     assert module.product(ones(2, 3), ones(3, 4)).shape == (2, 4)
     assert module.product(ones(5, 1), ones(1, 2)).shape == (5, 2)  # sizes of another call
+    module.outer([ones(3), ones(3)], ones(3))
     assert module.half(3) == 1.5  # an int is a float
     assert module.later(object(), ones(4)) == 4  # nobody knows what Unknown is
     assert len(list(module.each(ones(2, 3)))) == 2
@@ -97,6 +112,8 @@ def test_what_fits_passes(module):
         lambda m: m.product(ones(2, 3), ones(3)),
         lambda m: m.product(ones(2, 3), ones(3, 4).long()),
         lambda m: m.product(ones(2, 3), ones(3, 4), wrong=True),
+        lambda m: m.outer([ones(3), ones(2)], ones(2)),
+        lambda m: m.outer([ones(2), ones(2)], ones(3)),
         lambda m: m.half("3"),
         lambda m: m.later(object(), ones(4, 4)),
         lambda m: m.each(ones(2)),

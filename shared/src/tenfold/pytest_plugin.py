@@ -1,5 +1,6 @@
 """How the tests of every package run: on one thread, with every annotation checked."""
 
+import atexit
 import functools
 import gc
 import inspect
@@ -10,23 +11,35 @@ from typing import Any
 
 import jaxtyping
 import pytest
-import torch
-import torch.distributed
+import xdist
 
 # Two processes share the cores, and tiny operations are slow on many threads. Lightning's launchers
 # set the number to that of the cores, unless the environment has one.
 os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
-
-# The first backward pass starts a thread for every device that is known by then. Exports and
-# compilers make some up, and forks cannot train beside such threads.
-torch.ones(1, requires_grad=True).sum().backward()
 
 # A collection looks at the million objects of the imports, and finds next to nothing.
 gc.set_threshold(10_000)
 
+# Taking those objects apart one by one is the last thing a process does, and takes seconds. A
+# worker has told its results by then; what is registered first here is called last.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)
+
 _TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 _jaxtyped = jaxtyping.jaxtyped
+_CONTEXT = _jaxtyped("context")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Prepare torch where tests run; the process that hands them out does without it."""
+    if xdist.is_xdist_controller(session):
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    # The first backward pass starts a thread for every device that is known by then. Exports and
+    # compilers make some up, and forks cannot train beside such threads.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_collection_finish() -> None:
@@ -44,6 +57,8 @@ def pytest_unconfigure() -> None:
 def _no_process_group_stays() -> Iterator[None]:
     """A run under DDP in a test's own process leaves its group, which later forks would inherit."""
     yield
+    import torch.distributed
+
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -67,30 +82,39 @@ def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     """As jaxtyping.jaxtyped: the sizes of one call's axes agree with one another."""
     if function is None:
         return functools.partial(_checked, typechecker=typechecker)
-    if not inspect.isfunction(function) or not _is_plain(function):
+    if (
+        not inspect.isfunction(function)
+        or inspect.isgeneratorfunction(function)
+        or "<locals>" in function.__qualname__  # beartype would keep it, and all it refers to
+    ):
         return _jaxtyped(function, typechecker=typechecker)
-    checked = typechecker(function)
-    if checked is function:
-        return function
+
+    @functools.cache
+    def prepared() -> tuple[Callable[..., Any], bool]:
+        """The function with checks, and whether it needs a context for the sizes of axes."""
+        try:
+            hints = typing.get_type_hints(function)
+        except NameError:  # a name for type checkers alone
+            return _jaxtyped(function, typechecker=typechecker), False
+        if "{" in str(inspect.signature(function)):  # a size told by an argument
+            return _jaxtyped(function, typechecker=typechecker), False
+        return typechecker(function), any(map(_has_axes, hints.values()))
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        with _jaxtyped("context"):
+        checked, has_axes = prepared()  # at the first call: most functions have none in a process
+        if not has_axes:
+            return checked(*args, **kwargs)
+        with _CONTEXT:
             return checked(*args, **kwargs)
 
     return wrapper
 
 
-def _is_plain(function: Callable[..., Any]) -> bool:
-    """Can beartype check a function as it is?"""
-    if "<locals>" in function.__qualname__:  # it would be kept for good, with all that it refers to
-        return False
-    if inspect.isgeneratorfunction(function) or "{" in str(inspect.signature(function)):
-        return False
-    try:
-        typing.get_type_hints(function)
-    except NameError:  # a name for type checkers alone
-        return False
-    return True
+def _has_axes(hint: Any) -> bool:
+    """Is an array with named axes somewhere in a type?"""
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(map(_has_axes, typing.get_args(hint)))

@@ -11,6 +11,7 @@ order can change it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,8 +125,12 @@ class _Stream:
 
     def uniform(self, *shape: int) -> Float[ndarray, "..."]:
         """The next numbers, in the open interval (0, 1)."""
-        bits = self._bits.random_raw(int(np.prod(shape)))
+        bits = self._bits.random_raw(math.prod(shape))
         return (((bits >> np.uint64(11)) + 0.5) * 2.0**-53).reshape(shape)
+
+    def number(self) -> float:
+        """The next number, in the open interval (0, 1)."""
+        return ((self._bits.random_raw() >> 11) + 0.5) * 2.0**-53
 
     def between(self, low: float, high: float, *shape: int) -> Float[ndarray, "..."]:
         """The next numbers, uniform from `low` to `high`."""
@@ -133,7 +138,7 @@ class _Stream:
 
     def below(self, stop: int) -> int:
         """The next integer from 0 to `stop` - 1."""
-        return int(stop * self.uniform(1)[0])
+        return int(stop * self.number())
 
     def chosen(self, count: int, stop: int) -> list[int]:
         """The next `count` different integers from 0 to `stop` - 1, in random order."""
@@ -141,11 +146,10 @@ class _Stream:
 
     def normal(self, *shape: int) -> Float[ndarray, "..."]:
         """The next numbers, standard normal (Box and Muller, 1958)."""
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         length, angle = self.uniform(2, (count + 1) // 2)
         length, angle = np.sqrt(-2 * np.log(length)), 2 * np.pi * angle
-        pairs = np.stack([length * np.cos(angle), length * np.sin(angle)])
-        return pairs.ravel()[:count].reshape(shape)
+        return np.concatenate([length * np.cos(angle), length * np.sin(angle)])[:count].reshape(shape)
 
 
 def scene(seed: int, index: int) -> Scene:
