@@ -50,7 +50,11 @@ def settle_labels(fig: Figure) -> None:
     later labels keep clear of the earlier ones.
     """
     with style():
-        fig.draw_without_rendering()
+        layout = fig.get_layout_engine()
+        if layout is None:
+            fig.draw_without_rendering()
+        else:
+            layout.execute(fig)
     for ax in fig.axes:
         labels = [t for t in ax.texts if isinstance(t, Annotation) and t.get_gid() == _GID]
         if not labels:
