@@ -16,6 +16,12 @@ def reference() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _coarse_pictures(monkeypatch) -> None:
-    """Pictures of a quarter of the pixels: tests look at what they show."""
+def _rough_pictures(request, monkeypatch) -> None:
+    """Pictures have a quarter of the pixels; those of commands are not laid out either.
+
+    test_report.py looks at all kinds of them.
+    """
     monkeypatch.setattr("tenfold.plotting.figures.DPI", 80)
+    if request.path.name != "test_report.py":
+        engine = "matplotlib.layout_engine.ConstrainedLayoutEngine"
+        monkeypatch.setattr(f"{engine}.execute", lambda engine, figure: None)

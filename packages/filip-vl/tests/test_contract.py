@@ -88,6 +88,7 @@ class TestContract(PackageContract):
             clip_each=1.0,
             tower_batch=4,
             gradient_checkpointing=True,
+            fields={"vision_layers": 2, "text_layers": 1},
         )
 
     def data(self) -> FilipDataModule:

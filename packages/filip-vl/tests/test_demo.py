@@ -84,7 +84,7 @@ def unit_rows(batch) -> list[ndarray]:
 
 def best_mean(queries: ndarray, keys: ndarray) -> float:
     """The mean over queries of their best key, as section 3.4 has it."""
-    return float(np.mean([max(float(q @ k) for k in keys) for q in queries]))
+    return float(np.mean([max(keys @ query) for query in queries]))
 
 
 def encoded(model: FilipModel, scenes) -> tuple[list[ndarray], list[ndarray]]:
@@ -226,7 +226,7 @@ def test_a_time_has_room_for_so_many_steps(tmp_path, monkeypatch, seconds, most,
     assert steps_within(seconds, tmp_path, most) == 70
 
 
-def test_the_pace_is_that_of_the_steps(monkeypatch):
+def test_the_pace_is_that_of_the_steps(small, monkeypatch):
     monkeypatch.setattr(comparison, "_PACED", 3)
     monkeypatch.setattr(comparison, "_WARMUP", 1)
     step = FilipModule.training_step

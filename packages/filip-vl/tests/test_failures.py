@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from filip_vl.losses import FilipLoss
 from filip_vl.model import FilipModel, get_config
 from filip_vl.module import FilipModule, load_model
 from filip_vl.retrieval import TokenSet, retrieval_ranks
+from filip_vl.skips import StopOnSkips
 from filip_vl.synthetic import scene
 from filip_vl.tokenizers import BPETokenizer, WordTokenizer
 from filip_vl.zeroshot import ZeroShotClassifier
@@ -474,29 +476,35 @@ def scaled() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
 
-@pytest.mark.parametrize("of_loss", [False, True], ids=["gradient", "loss"])
-def test_twenty_skipped_steps_in_a_row_stop_a_float16_run_with_advice(tmp_path, of_loss):
-    made, overflow = module(fields=SHALLOW), Overflow([15], of_loss)
+@pytest.mark.parametrize(("of_loss", "most"), [(False, 20), (True, 7)], ids=["gradient", "loss"])
+def test_skipped_steps_in_a_row_stop_a_float16_run_with_advice(
+    tmp_path, monkeypatch, of_loss, most
+):
+    if most != StopOnSkips().most:
+        monkeypatch.setattr("filip_vl.module.StopOnSkips", partial(StopOnSkips, most))
+    good = most - 5
+    made, overflow = module(fields=SHALLOW), Overflow([good], of_loss)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     data = FilipDataModule(batch_size=2, train_size=80, val_size=2, test_size=2)
-    told = "20 steps in a row were skipped.*: raise weight_decay, lower the rate.* bf16-mixed"
+    told = f"{most} steps in a row were skipped.*: raise weight_decay, lower the rate.* bf16-mixed"
     with pytest.raises(UserError, match=told):
         fit(made, tmp_path, data, overflow, plugins=[scaled()])
-    assert overflow.step == 35  # 15 skips, a step, and 20 more
-    assert overflow.scales[15] == overflow.scales[16] == overflow.scales[0] / 2**15
-    assert overflow.scales[35] == overflow.scales[16] / 2**19
+    assert overflow.step == good + most
+    assert overflow.scales[good] == overflow.scales[good + 1] == overflow.scales[0] / 2**good
+    assert overflow.scales[-1] == overflow.scales[good + 1] / 2 ** (most - 1)
     moved = [n for n, p in made.model.named_parameters() if not torch.equal(p, before[n])]
     assert "visual.proj" in moved
     assert all(p.isfinite().all() for p in made.model.parameters())
 
 
-def test_skips_are_of_steps_where_gradients_gather_over_batches(tmp_path):
+def test_skips_are_of_steps_where_gradients_gather_over_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("filip_vl.module.StopOnSkips", partial(StopOnSkips, 5))
     overflow = Overflow([], of_loss=True)
-    data = FilipDataModule(batch_size=2, train_size=82, val_size=2, test_size=2)
+    data = FilipDataModule(batch_size=2, train_size=22, val_size=2, test_size=2)
     options = {"plugins": [scaled()], "accumulate_grad_batches": 2}
-    with pytest.raises(UserError, match="20 steps in a row were skipped"):
+    with pytest.raises(UserError, match="5 steps in a row were skipped"):
         fit(module(fields=SHALLOW), tmp_path, data, overflow, **options)
-    assert overflow.step == 39
+    assert overflow.step == 9
 
 
 def test_without_a_scaler_the_first_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
@@ -586,6 +594,6 @@ def test_auto_takes_the_kernels_on_cuda_with_triton_alone(where, there, fused, m
 def test_a_command_that_asks_for_the_kernels_on_a_cpu_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     words = ["fit", "--model.impl", "triton", "--data.train_size", 8, "--data.batch_size", 8]
-    words += ["--trainer.val_check_interval", 1.0, *QUIET]
+    words += ["--data.val_size", 8, "--trainer.val_check_interval", 1.0, *QUIET]
     line = fails(capsys, *words, "--trainer.default_root_dir", tmp_path / "run")
     assert "impl='auto'" in line

@@ -43,6 +43,7 @@ from tenfold.errors import UserError
 from tenfold.testing import process_context
 
 TOKENIZER = WordTokenizer.train(shape_vocabulary())
+IMAGES = 100
 QUERY = "a red circle and a blue ring"
 
 
@@ -59,7 +60,7 @@ def model() -> FilipModel:
 @pytest.fixture(scope="module")
 def built(model, tmp_path_factory) -> TokenIndex:
     out = tmp_path_factory.mktemp("index")
-    build_index(model, scene_images(200, seed=3), out)
+    build_index(model, scene_images(IMAGES, seed=3), out)
     return TokenIndex.open(out)
 
 
@@ -88,11 +89,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_arrays_are_plain_numpy_files(model, built):
     tokens = np.load(built.folder / "tokens.npy", mmap_mode="r")
     offsets = np.load(built.folder / "offsets.npy")
-    assert tokens.shape == (200 * 36, 32)
+    assert tokens.shape == (IMAGES * 36, 32)
     assert tokens.dtype == np.float16
-    assert offsets.tolist() == [36 * n for n in range(201)]
-    truth = tokens_of(model, [scene(3, n).image for n in range(200)])
-    np.testing.assert_allclose(tokens.reshape(200, 36, 32), truth, atol=2**-11)
+    assert offsets.tolist() == [36 * n for n in range(IMAGES + 1)]
+    truth = tokens_of(model, [scene(3, n).image for n in range(IMAGES)])
+    np.testing.assert_allclose(tokens.reshape(IMAGES, 36, 32), truth, atol=2**-11)
     means = np.load(built.folder / "means.npy")
     direction = truth.mean(1) / truth.mean(1).square().sum(-1, keepdim=True).sqrt()
     np.testing.assert_allclose(means, direction, atol=1e-3)
@@ -103,7 +104,7 @@ def test_meta_and_items_tell_what_the_index_is(model, built):
     assert meta["checkpoint"] == checkpoint_hash(model)
     assert (meta["width"], meta["dtype"], meta["token_fraction"]) == (32, "fp16", 1.0)
     assert meta["preprocessing"]["image_size"] == 48
-    assert (meta["images"], meta["tokens"], meta["complete"]) == (200, 7200, True)
+    assert (meta["images"], meta["tokens"], meta["complete"]) == (IMAGES, 36 * IMAGES, True)
     lines = (built.folder / "items.jsonl").read_text().splitlines()
     assert json.loads(lines[17]) == {
         "key": "scene 17 of set 3",
@@ -146,11 +147,11 @@ def test_int8_is_within_half_a_step():
 
 
 def test_an_int8_index_takes_half_the_room_and_finds_nearly_the_same(model, built, tmp_path):
-    build_index(model, scene_images(200, seed=3), tmp_path, dtype="int8")
+    build_index(model, scene_images(IMAGES, seed=3), tmp_path, dtype="int8")
     small = TokenIndex.open(tmp_path)
-    assert (tmp_path / "tokens.npy").stat().st_size == 128 + 200 * 36 * 32
+    assert (tmp_path / "tokens.npy").stat().st_size == 128 + IMAGES * 36 * 32
     query = text_query(model, QUERY).tokens
-    exact, near = built.exact(query, 200), small.exact(query, 200)
+    exact, near = built.exact(query, IMAGES), small.exact(query, IMAGES)
     scores = {hit.number: hit.score for hit in exact}
     assert all(abs(hit.score - scores[hit.number]) < 0.01 for hit in near)
     assert {hit.number for hit in near[:20]} & {hit.number for hit in exact[:10]} == {
@@ -207,10 +208,10 @@ def test_more_than_256_places_take_two_bytes(patches, kind, tmp_path):
 
 
 def test_search_is_the_equation(model, built):
-    truth = tokens_of(model, [scene(3, n).image for n in range(200)])
+    truth = tokens_of(model, [scene(3, n).image for n in range(IMAGES)])
     query = text_query(model, QUERY).tokens
     scores = scores_of(truth, query.double())
-    order = sorted(range(200), key=lambda n: -scores[n])
+    order = sorted(range(IMAGES), key=lambda n: -scores[n])
     for hits in (built.exact(query, 10), built.search(query, 10, candidates=1000)):
         assert [hit.number for hit in hits] == order[:10]
         for hit in hits:
@@ -232,7 +233,7 @@ def test_the_score_is_late_interaction():
 
 def test_the_prefilter_takes_the_most_similar_means(model, built):
     query = text_query(model, QUERY).tokens
-    truth = tokens_of(model, [scene(3, n).image for n in range(200)]).mean(1)
+    truth = tokens_of(model, [scene(3, n).image for n in range(IMAGES)]).mean(1)
     cosine = (truth / truth.square().sum(-1, keepdim=True).sqrt()) @ query.double().mean(0)
     best = cosine.topk(20).indices.tolist()
     found = [hit.number for hit in built.search(query, 20, candidates=20)]
@@ -240,7 +241,7 @@ def test_the_prefilter_takes_the_most_similar_means(model, built):
     exact = built.exact(query, 10)
     inside = sum(hit.number in best for hit in exact) / 10
     assert built.recall(query, 10, candidates=20) == pytest.approx(inside)
-    assert built.recall(query, 10, candidates=200) == 1
+    assert built.recall(query, 10, candidates=IMAGES) == 1
 
 
 def test_recall_counts_equal_scores_as_found(built):
@@ -378,11 +379,11 @@ def test_what_was_not_committed_is_made_again(model, built, tmp_path, monkeypatc
     original = IndexWriter.append
     monkeypatch.setattr(IndexWriter, "append", stop_after_five)
     with pytest.raises(Stop):
-        build_index(model, scene_images(200, seed=3), tmp_path, batch_size=16, chunk=32)
+        build_index(model, scene_images(IMAGES, seed=3), tmp_path, batch_size=16, chunk=32)
     monkeypatch.undo()
     assert IndexMeta.read(tmp_path).extent.images == 64
-    extent = build_index(model, scene_images(200, seed=3), tmp_path, batch_size=64)
-    assert extent.images == 200
+    extent = build_index(model, scene_images(IMAGES, seed=3), tmp_path, batch_size=64)
+    assert extent.images == IMAGES
     assert files_of(tmp_path) == files_of(built.folder)
 
 
@@ -400,11 +401,11 @@ def test_an_unfinished_index_can_be_searched(model, tmp_path, caplog):
 
 
 def test_a_complete_index_takes_images_behind_its_own(model, built, tmp_path):
-    build_index(model, scene_images(150, seed=3), tmp_path)
+    build_index(model, scene_images(70, seed=3), tmp_path)
     before = files_of(tmp_path)
-    assert build_index(model, scene_images(150, seed=3), tmp_path).images == 150
+    assert build_index(model, scene_images(70, seed=3), tmp_path).images == 70
     assert files_of(tmp_path) == before
-    build_index(model, scene_images(200, seed=3), tmp_path)
+    build_index(model, scene_images(IMAGES, seed=3), tmp_path)
     stored = np.load(tmp_path / "tokens.npy").astype(np.float32)
     np.testing.assert_allclose(stored, np.load(built.folder / "tokens.npy"), atol=2**-10)
 
@@ -445,20 +446,20 @@ def test_a_foreign_index_is_refused(model, built, tmp_path):
     mine, its = checkpoint_hash(model)[:12], checkpoint_hash(other)[:12]
     assert mine != its
     with pytest.raises(UserError, match=f"{mine} there, {its} here"):
-        build_index(other, scene_images(200, seed=3), built.folder)
+        build_index(other, scene_images(IMAGES, seed=3), built.folder)
     with pytest.raises(UserError, match=f"{mine} there, {its} here"):
         built.check_model(other)
     built.check_model(make_model())  # the same weights, made anew
     wide = make_model(embed_dim=64)
     with pytest.raises(UserError, match="another checkpoint"):
-        build_index(wide, scene_images(200, seed=3), built.folder)
+        build_index(wide, scene_images(IMAGES, seed=3), built.folder)
     with pytest.raises(UserError, match="dtype fp16 there, int8 here"):
-        build_index(model, scene_images(200, seed=3), built.folder, dtype="int8")
+        build_index(model, scene_images(IMAGES, seed=3), built.folder, dtype="int8")
     with pytest.raises(UserError, match=r"token_fraction 1\.0 there, 0\.5 here"):
-        build_index(model, scene_images(200, seed=3), built.folder, token_fraction=0.5)
+        build_index(model, scene_images(IMAGES, seed=3), built.folder, token_fraction=0.5)
     with pytest.raises(UserError, match="number 0 was scene 0 of set 3, is scene 0 of set 4"):
-        build_index(model, scene_images(200, seed=4), built.folder)
-    with pytest.raises(UserError, match="has 200 images already, of which only 10 are given"):
+        build_index(model, scene_images(IMAGES, seed=4), built.folder)
+    with pytest.raises(UserError, match="has 100 images already, of which only 10 are given"):
         build_index(model, scene_images(10, seed=3), built.folder)
     assert TokenIndex.open(built.folder).extent == built.extent
 
@@ -518,7 +519,7 @@ def test_damage_is_told(model, built, tmp_path):
         with pytest.raises(UserError, match=name):
             TokenIndex.open(cut)
         with pytest.raises(UserError, match=name):
-            build_index(model, scene_images(200, seed=3), cut)
+            build_index(model, scene_images(IMAGES, seed=3), cut)
     with pytest.raises(UserError, match=r"not the meta\.json"):
         TokenIndex.open(copy("meta.json", lambda content: content[:-5]))
     (tmp_path / "metajson" / "meta.json").write_text('{"version": 2}')

@@ -31,7 +31,7 @@ def ckpt(tmp_path_factory):
 @pytest.fixture(scope="module")
 def index(ckpt, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "index"
-    assert app.main(["index", f"--ckpt={ckpt}", "--images=shapes:300", f"--out={out}"]) == 0
+    assert app.main(["index", f"--ckpt={ckpt}", "--images=shapes:90", f"--out={out}"]) == 0
     return out
 
 
@@ -45,7 +45,7 @@ def test_index_and_search_print_what_they_found(index, ckpt, tmp_path, capsys):
     tokens, model = TokenIndex.open(index), FilipModel.from_pretrained(ckpt)
     hits = tokens.search(text_query(model, words).tokens, 4)
     assert [line.split()[1] for line in told[1:5]] == [str(hit.number) for hit in hits]
-    assert re.search(r"300 images in [\d.]+ ms: 300 by their mean", told[5])
+    assert re.search(r"90 images in [\d.]+ ms: 90 by their mean", told[5])
     assert re.search(r"recall@4 1\.00 against exact scoring", told[6])
     assert Image.open(sheet).width > 300
 
@@ -140,18 +140,18 @@ def test_a_model_that_is_gone_or_another_is_told(ckpt, tmp_path, capsys):
 def test_search_compares_as_many_as_it_shows(index, tmp_path, capsys, monkeypatch):
     drawn = []
 
-    def sheet(words, shown, **options):  # of 300 pictures it takes its time
+    def sheet(words, shown, **options):  # of many pictures it takes its time
         drawn.append(len(shown))
         return contact_sheet(words, shown[:2], **options)
 
     monkeypatch.setattr(sys.modules["filip_vl.commands.search"], "contact_sheet", sheet)
     argv = ["search", f"--index={index}", "--text=a red circle", f"--out={tmp_path / 's.png'}"]
-    assert app.main([*argv, "-k", "310"]) == 0  # there are 300
-    assert capsys.readouterr().out.count("scene ") == 300
-    assert drawn == [300]
+    assert app.main([*argv, "-k", "95"]) == 0  # there are 90
+    assert capsys.readouterr().out.count("scene ") == 90
+    assert drawn == [90]
     assert app.main([*argv, "-k", "2", "--candidates", "1000"]) == 0
-    assert "300 images in" in (told := capsys.readouterr().out)
-    assert ": 300 by their mean token" in told
+    assert "90 images in" in (told := capsys.readouterr().out)
+    assert ": 90 by their mean token" in told
     assert app.main([*argv[:3], f"--out={tmp_path / 's.pdf'}"]) == 2
     assert "written as .png" in capsys.readouterr().err
 

@@ -85,24 +85,23 @@ def test_parameters_of_the_papers_models(name, total, image, text):
     ("name", "image", "text"),
     [
         ("filip_base_patch32_224", 4.41, 2.98),
-        ("filip_base_patch16_224", 17.56, 2.98),
+        ("filip_base_patch16_224", 17.56, None),  # the same text tower
         ("filip_large_patch14_224", 81.0, 6.65),
-        ("filip_large_patch14_392", 267.8, 6.65),
+        ("filip_large_patch14_392", 267.8, None),
     ],
 )
 def test_multiply_adds_of_the_papers_towers(name, image, text):
     """The paper counts the towers without the projection of their tokens."""
     config, model = CONFIGS[name], on_meta(CONFIGS[name])
     pixels = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
-    ids = torch.zeros(1, 77, dtype=torch.int64, device="meta")
-    found = giga_macs(lambda: model.encode_image(pixels)), giga_macs(lambda: model.encode_text(ids))
-    projections = (
-        (config.grid**2 + 1) * config.vision_width * config.embed_dim / 1e9,
-        77 * config.text_width * config.embed_dim / 1e9,
-    )
-    digits = 2 if image < 50 else 1
-    assert round(found[0] - projections[0], digits) == image
-    assert round(found[1] - projections[1], 2) == text
+    rows = config.grid**2 + 1
+    found = giga_macs(lambda: model.encode_image(pixels))
+    found -= rows * config.vision_width * config.embed_dim / 1e9
+    assert round(found, 2 if image < 50 else 1) == image
+    if text is not None:
+        ids = torch.zeros(1, 77, dtype=torch.int64, device="meta")
+        found = giga_macs(lambda: model.encode_text(ids))
+        assert round(found - 77 * config.text_width * config.embed_dim / 1e9, 2) == text
 
 
 def giga_macs(call) -> float:
@@ -550,24 +549,9 @@ def test_one_graph_for_the_compiler(monkeypatch):
     # dynamo cannot trace the checks of shapes that these tests switch on
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     torch._dynamo.reset()
-    model, pixels, ids = tiny(), images(), captions(8, 2, 5)
+    model, pixels, ids = tiny(vision_layers=1, text_layers=1), images(), captions(8, 2, 5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found, expected = compiled(pixels, ids), model(pixels, ids)
     torch.testing.assert_close(found.image.tokens, expected.image.tokens)
     torch.testing.assert_close(found.text.tokens, expected.text.tokens)
     assert torch.equal(found.text.mask, expected.text.mask)
-
-
-def test_export(monkeypatch):
-    # the checks of shapes would fix the size of the batch
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    model = tiny()
-    batch = torch.export.Dim("batch", min=2)
-    exported = torch.export.export(
-        model, (images(), captions(8, 2, 5)), dynamic_shapes=({0: batch}, {0: batch})
-    )
-    found, expected = (m(images(5), captions(8, 2, 5, 3, 4)) for m in (exported.module(), model))
-    torch.testing.assert_close(found.image.tokens, expected.image.tokens)
-    torch.testing.assert_close(found.text.tokens, expected.text.tokens)
-    assert torch.equal(found.text.mask, expected.text.mask)
-    torch.testing.assert_close(found.logit_scale, expected.logit_scale)
