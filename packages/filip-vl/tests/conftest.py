@@ -17,7 +17,7 @@ def reference() -> Path:
 
 @pytest.fixture(autouse=True)
 def _rough_pictures(request, monkeypatch) -> None:
-    """Pictures have a quarter of the pixels; those of commands are not laid out either.
+    """Pictures have few pixels; those that commands draw are not laid out either.
 
     test_report.py looks at all kinds of them.
     """

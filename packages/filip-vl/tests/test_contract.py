@@ -42,7 +42,7 @@ class TestContract(PackageContract):
         "retrieval-large": LARGE_392,
         "wukong-finetune": WUKONG,
     }
-    steps, falls_to = 16, 0.5
+    steps, falls_to = 12, 0.5
     fit_options = (
         "--data.train_size=64",
         "--data.val_size=16",

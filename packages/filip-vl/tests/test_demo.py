@@ -269,14 +269,14 @@ def test_patches_of_the_pictures_choose_among_colours_and_shapes():
 
 
 def test_fifty_steps_lower_the_loss(tmp_path):
-    fewer = {"batch_size": 16, "train_size": 160, "val_size": 16}
+    fewer = {"batch_size": 12, "train_size": 60, "val_size": 12}
     fit_recipe("demo", tmp_path, steps=50, progress=False, data=fewer)
     with (tmp_path / "metrics.csv").open() as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert len(losses) == 10
     # at first no caption is told from another
-    assert losses[0] == pytest.approx(np.log(16), abs=0.5)
-    assert np.mean(losses[-3:]) < 0.75 * losses[0]
+    assert losses[0] == pytest.approx(np.log(12), abs=0.5)
+    assert np.mean(losses[-3:]) < 0.6 * losses[0]
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_heat_of_other_shapes():
         report.heat_maps(photo(), {})
 
 
-@pytest.mark.parametrize("words", [1, 7, 14])
+@pytest.mark.parametrize("words", [1, 14])
 def test_every_word_has_a_strip_and_its_best_patch(words):
     found = alignment(4, 6, words)
     fig = report.word_strips(photo(), found, LONG)
@@ -483,7 +483,7 @@ def test_bars_have_means_and_seeds():
             report.comparison_bars(bad)
 
 
-@pytest.mark.parametrize("networks", [1, 2, 3])
+@pytest.mark.parametrize("networks", [1, 3])
 def test_metrics_keep_their_words_together(networks):
     scores = {str(n): {name: [1.0] for name in METRICS.values()} for n in range(networks)}
     fig = report.comparison_bars(scores)
@@ -512,6 +512,9 @@ def test_a_log_axis_has_several_labels(seconds, labels):
     assert low < 64 / seconds < 256 / seconds < high
     assert len(memory.get_yticks()) == 11  # a power of ten each
     check_tidy(fig)
+
+
+def test_a_lone_cost_is_shown():
     check_tidy(report.cost_curves({"tiled": [report.Cost(8, 1.0, 0)]}))
 
 
