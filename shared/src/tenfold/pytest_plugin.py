@@ -22,7 +22,8 @@ gc.set_threshold(10_000)
 
 # Taking those objects apart one by one is the last thing a process does, and takes seconds. A
 # worker has told its results by then; what is registered first here is called last.
-if "PYTEST_XDIST_WORKER" in os.environ:
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if _IS_WORKER:
     atexit.register(os._exit, 0)
 
 _TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
@@ -50,7 +51,8 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     """Libraries that count their leaks at the end find none."""
-    gc.unfreeze()
+    if not _IS_WORKER:
+        gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
