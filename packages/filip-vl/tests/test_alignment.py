@@ -26,6 +26,7 @@ from filip_vl.alignment import (
     share_of_first,
 )
 from filip_vl.alignment.attributes import SKIN_TONES
+from filip_vl.data.shapes import shape_vocabulary
 from filip_vl.model import FilipModel, TokenBatch
 from filip_vl.tokenizers import BPETokenizer, WordTokenizer
 from tenfold.contrastive import late_interaction
@@ -33,7 +34,7 @@ from tenfold.errors import UserError
 
 BPE = BPETokenizer(["o o", "b a", "l l", "oo n</w>"])
 SCENES = [synthetic.scene(7, n) for n in range(6)]
-WORDS = WordTokenizer.train([synthetic.scene(0, n).caption for n in range(200)])
+WORDS = WordTokenizer.train(shape_vocabulary())
 
 
 def unit(x: Tensor) -> np.ndarray:

@@ -40,7 +40,7 @@ from filip_vl.tokenizers import WordTokenizer
 from tenfold.errors import UserError
 from tenfold.recipes import recipe_parts
 
-PAIRS, GROUPS, SINGLES, STEPS, SHOWN = 20, 4, 1, 3, 2
+PAIRS, GROUPS, SINGLES, STEPS, SHOWN = 20, 2, 1, 3, 2
 PICTURES = ("comparison", "contributions", "curves", "retrieval", "similarity")
 
 

@@ -94,24 +94,24 @@ def test_multiply_adds_of_the_papers_towers(name, image, text):
     """The paper counts the towers without the projection of their tokens."""
     config = CONFIGS[name]
     pixels = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
-    found = giga_macs(config, "vision_layers", lambda model: model.encode_image(pixels))
+    found = giga_macs(config, config.vision_layers, lambda model: model.encode_image(pixels))
     found -= (config.grid**2 + 1) * config.vision_width * config.embed_dim / 1e9
     assert round(found, 2 if image < 50 else 1) == image
     if text is not None:
         ids = torch.zeros(1, 77, dtype=torch.int64, device="meta")
-        found = giga_macs(config, "text_layers", lambda model: model.encode_text(ids))
+        found = giga_macs(config, config.text_layers, lambda model: model.encode_text(ids))
         assert round(found - 77 * config.text_width * config.embed_dim / 1e9, 2) == text
 
 
-def giga_macs(config: FilipConfig, depth: str, call) -> float:
+def giga_macs(config: FilipConfig, layers: int, call) -> float:
     """Counted for one block and for two: all of a tower are alike."""
     counts = []
-    for layers in (1, 2):
+    for depth in (1, 2):
         with FlopCounterMode(display=False) as counter:
-            call(on_meta(replace(config, **{depth: layers})))
+            call(on_meta(replace(config, vision_layers=depth, text_layers=depth)))
         counts.append(counter.get_total_flops() / 2e9)
     one, two = counts
-    return one + (two - one) * (getattr(config, depth) - 1)
+    return one + (two - one) * (layers - 1)
 
 
 @functools.cache
