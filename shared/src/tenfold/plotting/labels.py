@@ -53,7 +53,7 @@ def settle_labels(fig: Figure) -> None:
         layout = fig.get_layout_engine()
         if layout is None:
             fig.draw_without_rendering()
-        else:
+        else:  # which moves all that a drawing would
             layout.execute(fig)
     for ax in fig.axes:
         labels = [t for t in ax.texts if isinstance(t, Annotation) and t.get_gid() == _GID]
