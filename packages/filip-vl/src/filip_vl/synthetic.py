@@ -149,9 +149,8 @@ class _Stream:
         count = math.prod(shape)
         length, angle = self.uniform(2, (count + 1) // 2)
         length, angle = np.sqrt(-2 * np.log(length)), 2 * np.pi * angle
-        return np.concatenate([length * np.cos(angle), length * np.sin(angle)])[:count].reshape(
-            shape
-        )
+        numbers = np.concatenate([length * np.cos(angle), length * np.sin(angle)])
+        return numbers[:count].reshape(shape)
 
 
 def scene(seed: int, index: int) -> Scene:
