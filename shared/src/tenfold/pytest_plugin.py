@@ -1,6 +1,7 @@
 """How the tests of every package run: on one thread, with every annotation checked."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import inspect
@@ -94,13 +95,11 @@ def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     @functools.cache
     def prepared() -> tuple[Callable[..., Any], bool]:
         """The function with checks, and whether it needs a context for the sizes of axes."""
-        try:
+        with contextlib.suppress(NameError):  # a name for type checkers alone
             hints = typing.get_type_hints(function)
-        except NameError:  # a name for type checkers alone
-            return _jaxtyped(function, typechecker=typechecker), False
-        if "{" in str(inspect.signature(function)):  # a size told by an argument
-            return _jaxtyped(function, typechecker=typechecker), False
-        return typechecker(function), any(map(_has_axes, hints.values()))
+            if "{" not in str(inspect.signature(function)):  # a size told by an argument
+                return typechecker(function), any(map(_has_axes, hints.values()))
+        return _jaxtyped(function, typechecker=typechecker), False
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
